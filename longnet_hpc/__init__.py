@@ -1,0 +1,32 @@
+"""LongNet on supercomputers and laptops: dilated attention over sequences that span MPI ranks.
+
+Public names are loaded when first used, so that importing the package starts neither torch nor MPI.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DilatedAttention": "longnet_hpc.multihead",
+    "LongNet": "longnet_hpc.model",
+    "LongNetConfig": "longnet_hpc.config",
+    "LongNetError": "longnet_hpc.errors",
+    "Partition": "longnet_hpc.partition",
+    "Pattern": "longnet_hpc.pattern",
+    "SequencePlan": "longnet_hpc.parallel",
+    "dilated_attention": "longnet_hpc.parallel",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,212 @@
+"""Which rank owns which tokens, and what the ranks of a spanning segment owe each other, in integers.
+
+Rank r of ``size`` owns the contiguous slice ``[bounds[r], bounds[r + 1])``. For a branch, a segment is *local* if one
+slice holds it, else *spanning*. Nothing here needs a process: ``(rank, size)`` are plain numbers, so every rank can be
+examined in one test.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from longnet_hpc.errors import PartitionError
+from longnet_hpc.pattern import Branch, Pattern
+
+__all__ = ["Partition", "Run", "Span", "communicator_rounds", "rank_groups"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Equal pieces of segments that lie back to back in one slice.
+
+    Parameters
+    ----------
+    start : int
+        Position of the first token within the slice, in tokens.
+    length : int
+        Tokens in each piece.
+    count : int
+        Number of pieces.
+    phase : int
+        Position of each piece's first token within its segment, in tokens; 0 where pieces are whole segments.
+    """
+
+    start: int
+    length: int
+    count: int
+    phase: int
+
+    def first_row(self, branch: Branch, offset: int) -> int:
+        """Return the distance in tokens from the start of a piece to its first row on the grid of ``offset``."""
+        return (offset - self.phase) % branch.dilation_rate
+
+    def rows(self, branch: Branch, offset: int) -> int:
+        """Return how many tokens of each piece lie on the grid of ``offset``."""
+        return max(0, -(-(self.length - self.first_row(branch, offset)) // branch.dilation_rate))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One spanning segment: the ranks that it touches and the piece that each of them owns.
+
+    Parameters
+    ----------
+    ranks : tuple of int
+        The ranks with at least one token of the segment, ascending.
+    pieces : tuple of Run
+        The piece of each of these ranks, within that rank's slice; ``count`` is 1.
+    """
+
+    ranks: tuple[int, ...]
+    pieces: tuple[Run, ...]
+
+    def piece_of(self, rank: int) -> Run:
+        """Return the piece that ``rank`` owns."""
+        return self.pieces[self.ranks.index(rank)]
+
+    def sources(self, rank: int, *, causal: bool) -> tuple[int, ...]:
+        """Return the ranks whose keys the queries of ``rank`` may see, ``rank`` itself left out."""
+        return tuple(other for other in self.ranks if (other < rank if causal else other != rank))
+
+    def destinations(self, rank: int, *, causal: bool) -> tuple[int, ...]:
+        """Return the ranks whose queries may see the keys of ``rank``; the adjoint of `sources`."""
+        return tuple(other for other in self.ranks if (other > rank if causal else other != rank))
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Contiguous slices of one sequence, in rank order.
+
+    Parameters
+    ----------
+    bounds : tuple of int
+        ``size + 1`` positions in tokens, starting at 0 and never falling; rank r owns
+        ``[bounds[r], bounds[r + 1])``, which may be empty.
+
+    Raises
+    ------
+    PartitionError
+        If the bounds do not start at 0 or fall.
+    """
+
+    bounds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.bounds) < 2 or self.bounds[0] != 0 or any(a > b for a, b in pairwise(self.bounds)):
+            raise PartitionError(f"bounds must start at 0 and never fall, got {self.bounds}")
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int]) -> Partition:
+        """Lay slices of the given lengths (tokens) end to end."""
+        if any(length < 0 for length in lengths):
+            raise PartitionError(f"slice lengths must be at least 0 tokens, got {tuple(lengths)}")
+        return cls((0, *accumulate(lengths)))
+
+    @classmethod
+    def even(cls, seq_len: int, size: int) -> Partition:
+        """Cut ``seq_len`` tokens into ``size`` slices that differ by at most one token.
+
+        Raises
+        ------
+        PartitionError
+            If there are more ranks than tokens.
+        """
+        if size < 1 or seq_len < size:
+            raise PartitionError(
+                f"a sequence of {seq_len} tokens cannot be cut over {size} ranks: at least 1 token each"
+            )
+        return cls(tuple(seq_len * rank // size for rank in range(size + 1)))
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the whole sequence in tokens."""
+        return self.bounds[-1]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.bounds) - 1
+
+    def slice_of(self, rank: int) -> range:
+        """Return the positions that ``rank`` owns."""
+        return range(self.bounds[rank], self.bounds[rank + 1])
+
+    def runs(self, branch: Branch, rank: int) -> tuple[Run, ...]:
+        """Return every piece of a segment in the slice of ``rank``: its left edge, whole segments, its right edge."""
+        start, stop = self.bounds[rank], self.bounds[rank + 1]
+        w = branch.segment_length
+        runs = []
+        position = start
+        if position < stop and position % w:
+            edge = min(stop, position - position % w + w)
+            runs.append(Run(0, edge - position, 1, position % w))
+            position = edge
+        if whole := (stop - position) // w:
+            runs.append(Run(position - start, w, whole, 0))
+            position += whole * w
+        if position < stop:
+            runs.append(Run(position - start, stop - position, 1, 0))
+        return tuple(runs)
+
+    def spans(self, branch: Branch, rank: int) -> tuple[Span, ...]:
+        """Return the spanning segments that touch the slice of ``rank``, at most two, in sequence order."""
+        start, stop = self.bounds[rank], self.bounds[rank + 1]
+        if start == stop:
+            return ()
+        w = branch.segment_length
+        spans = []
+        for segment in sorted({start // w, (stop - 1) // w}):
+            span = self._span(segment * w, min(segment * w + w, self.seq_len))
+            if len(span.ranks) > 1:
+                spans.append(span)
+        return tuple(spans)
+
+    def _span(self, start: int, stop: int) -> Span:
+        ranks, pieces = [], []
+        for rank in range(bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop)):
+            low, high = max(start, self.bounds[rank]), min(stop, self.bounds[rank + 1])
+            if low < high:
+                ranks.append(rank)
+                pieces.append(Run(low - self.bounds[rank], high - low, 1, low - start))
+        return Span(tuple(ranks), tuple(pieces))
+
+
+def rank_groups(pattern: Pattern, partition: Partition) -> tuple[tuple[int, ...], ...]:
+    """Return the distinct groups of ranks that share a spanning segment, ascending; the same on every rank."""
+    return tuple(
+        sorted(
+            {
+                span.ranks
+                for branch in pattern
+                for rank in range(partition.size)
+                for span in partition.spans(branch, rank)
+            }
+        )
+    )
+
+
+def communicator_rounds(groups: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Sort groups of ranks into rounds whose groups share no rank, so that one split creates a whole round.
+
+    Parameters
+    ----------
+    groups : iterable of tuple of int
+        Groups of ranks, in the same order on every rank.
+
+    Returns
+    -------
+    list of list of tuple of int
+        Rounds, each a list of disjoint groups; every group is in exactly one round.
+    """
+    rounds: list[list[tuple[int, ...]]] = []
+    for group in groups:
+        for members in rounds:
+            if all(set(group).isdisjoint(other) for other in members):
+                members.append(group)
+                break
+        else:
+            rounds.append([group])
+    return rounds
