@@ -210,3 +210,61 @@ def communicator_rounds(groups: Iterable[tuple[int, ...]]) -> list[list[tuple[in
         else:
             rounds.append([group])
     return rounds
+
+
+class SpanLayout:
+    """How the keys (or values) that the ranks of one spanning segment exchange lie in memory, in rows of head_dim.
+
+    A block holds, offset by offset, ``rows x distinct kv heads`` rows. A rank needs only the offsets on whose grid it
+    has a query, so it offers one block for each distinct set of offsets that others need: nearly always one.
+
+    Parameters
+    ----------
+    branch : Branch
+        The branch.
+    span : Span
+        One of its spanning segments.
+    rank : int
+        The rank whose view this is, one of ``span.ranks``.
+    heads, kv_heads : int
+        Query heads, and key/value heads, which may be fewer.
+    causal : bool
+        Whether a rank sees only the keys of earlier ranks.
+    """
+
+    def __init__(self, branch: Branch, span: Span, rank: int, heads: int, kv_heads: int, *, causal: bool) -> None:
+        self.branch = branch
+        self.span = span
+        self.piece = span.piece_of(rank)
+        self.kv_heads_at = {
+            offset: tuple(dict.fromkeys(branch.kv_heads_at(offset, heads, kv_heads)))
+            for offset in branch.offsets(heads)
+        }
+        self.sources = span.sources(rank, causal=causal)
+        self.destinations = span.destinations(rank, causal=causal)
+        self.needed = self._offsets_of(rank)
+        self.needed_by = {other: self._offsets_of(other) for other in self.destinations}
+        self.offered = tuple(dict.fromkeys(self.needed_by.values()))
+
+        offered_rows = [self.block_rows(rank, offsets) for offsets in self.offered]
+        starts = dict(zip(self.offered, accumulate(offered_rows, initial=0), strict=False))
+        self.send_counts = tuple(
+            self.block_rows(rank, self.needed_by[other]) if other in self.needed_by else 0 for other in span.ranks
+        )
+        self.send_starts = tuple(
+            starts[self.needed_by[other]] if other in self.needed_by else 0 for other in span.ranks
+        )
+        self.recv_counts = tuple(
+            self.block_rows(other, self.needed) if other in self.sources else 0 for other in span.ranks
+        )
+
+    def rows(self, rank: int, offset: int) -> int:
+        """Return how many tokens of the piece of ``rank`` lie on the grid of ``offset``."""
+        return self.span.piece_of(rank).rows(self.branch, offset)
+
+    def block_rows(self, rank: int, offsets: tuple[int, ...]) -> int:
+        """Return the rows of head_dim in a block of ``rank`` that holds ``offsets``."""
+        return sum(self.rows(rank, offset) * len(self.kv_heads_at[offset]) for offset in offsets)
+
+    def _offsets_of(self, rank: int) -> tuple[int, ...]:
+        return tuple(offset for offset in self.kv_heads_at if self.rows(rank, offset))

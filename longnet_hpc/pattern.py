@@ -49,6 +49,10 @@ class Branch:
         """Return the heads h with ``h mod r == offset`` (LongNet, Eq. 13)."""
         return range(offset, heads, self.dilation_rate)
 
+    def kv_heads_at(self, offset: int, heads: int, kv_heads: int) -> tuple[int, ...]:
+        """Return the key/value head of each query head at ``offset``, where ``heads / kv_heads`` of them share one."""
+        return tuple(head * kv_heads // heads for head in self.heads_at(offset, heads))
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:

@@ -1,0 +1,29 @@
+"""The only importer of mpi4py: launch, agreement, buffers, and collectives with their adjoints.
+
+Importing this package does not import mpi4py; a communicator of None means one process everywhere.
+"""
+
+from longnet_hpc.comm.agreement import (
+    agree,
+    agreed,
+    allgather_objects,
+    barrier,
+    broadcast_object,
+    rank_and_size,
+)
+from longnet_hpc.comm.collectives import RowGather, all_reduce_sum, gather_sequence
+from longnet_hpc.comm.groups import Groups, groups_of
+
+__all__ = [
+    "Groups",
+    "RowGather",
+    "agree",
+    "agreed",
+    "all_reduce_sum",
+    "allgather_objects",
+    "barrier",
+    "broadcast_object",
+    "gather_sequence",
+    "groups_of",
+    "rank_and_size",
+]

@@ -1,0 +1,142 @@
+"""Starting under mpirun, srun or alone: who launched us, which GPU is ours, and how one rank's failure ends the job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from longnet_hpc.comm.transport import Transport, decide_transport
+from longnet_hpc.errors import LaunchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Launch", "environment_rank", "environment_size", "start"]
+
+# Where each launcher writes the rank and the number of ranks. The innermost comes first: mpirun inside a Slurm step
+# sets its own beside Slurm's.
+_LAUNCHERS = (
+    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MPICH's mpirun or srun --mpi=pmi2", "PMI_RANK", "PMI_SIZE"),
+    ("PALS", "PALS_RANKID", "PALS_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One rank of a running job."""
+
+    comm: MPI.Comm | None
+    """All ranks; None where there is one rank and no MPI is needed."""
+    rank: int
+    """This rank."""
+    size: int
+    """Number of ranks."""
+    node_rank: int
+    """This rank within its node."""
+    node_size: int
+    """Number of ranks on this node."""
+    device: torch.device
+    """The device this rank computes on."""
+    transport: Transport | None
+    """How device memory travels; None on the CPU or alone."""
+    mpi_library: str
+    """First line of the MPI library's version, or 'none'."""
+
+
+def environment_rank() -> int:
+    """Return the rank that the launcher's environment gives this process, 0 if it gives none. Does not start MPI."""
+    return _environment()[1]
+
+
+def environment_size() -> int:
+    """Return the number of ranks that the launcher's environment gives, 1 if it gives none. Does not start MPI."""
+    return _environment()[2]
+
+
+def start(*, device: str = "auto", transport: str = "auto") -> Launch:
+    """Start MPI where a launcher asks for it, bind this rank to its device, and make failures end the job.
+
+    Parameters
+    ----------
+    device : str
+        ``auto`` (the GPU of this rank's place within its node, ranks sharing GPUs in turn, else the CPU), ``cpu`` or
+        ``cuda``.
+    transport : str
+        ``auto``, ``direct`` or ``staged``: how device memory travels.
+
+    Returns
+    -------
+    Launch
+        Collective over all ranks.
+
+    Raises
+    ------
+    LaunchError
+        If the launcher started several ranks but this MPI library sees only one, or a GPU is asked for and not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise LaunchError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LaunchError("device cuda was asked for, but torch sees no CUDA device")
+    launcher, _, expected = _environment()
+    comm: MPI.Comm | None = None
+    node_rank, node_size, library = 0, 1, "none"
+    if expected > 1:
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD
+        _abort_on_exception(comm)
+        library = MPI.Get_library_version().strip().splitlines()[0].strip("\0 ")
+        if comm.size == 1:
+            raise LaunchError(
+                f"{launcher} started {expected} ranks, but this MPI library ({library}) sees 1, so they do not fit "
+                "together: use the mpirun beside this Python, or srun --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI"
+            )
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        node_rank, node_size = node.rank, node.size
+        node.Free()
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        bound = torch.device("cuda", node_rank % torch.cuda.device_count())
+        torch.cuda.set_device(bound)
+    else:
+        bound = torch.device("cpu")
+    return Launch(
+        comm=comm,
+        rank=0 if comm is None else comm.rank,
+        size=1 if comm is None else comm.size,
+        node_rank=node_rank,
+        node_size=node_size,
+        device=bound,
+        transport=decide_transport(comm, transport) if on_gpu and comm is not None else None,
+        mpi_library=library,
+    )
+
+
+def _environment() -> tuple[str, int, int]:
+    for launcher, rank, size in _LAUNCHERS:
+        if rank in os.environ and size in os.environ:
+            return launcher, int(os.environ[rank]), int(os.environ[size])
+    return "nothing", 0, 1
+
+
+def _abort_on_exception(comm: MPI.Comm) -> None:
+    """Make an unhandled exception on one rank end all ranks, with that rank's traceback."""
+
+    def abort(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        text = "".join(traceback.format_exception(kind, error, where))
+        sys.stderr.write(f"rank {comm.rank} of {comm.size} failed and ends the job:\n{text}")
+        sys.stderr.flush()
+        logging.shutdown()
+        comm.Abort(1)
+
+    sys.excepthook = abort

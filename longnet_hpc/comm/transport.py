@@ -1,0 +1,137 @@
+"""Whether MPI may be handed device memory: decided once, by a real exchange in a child process that may crash."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from longnet_hpc.comm.agreement import allgather_objects
+from longnet_hpc.errors import LaunchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Transport", "decide_transport", "device_pointers_work", "transport_of"]
+
+VARIABLE = "LONGNET_HPC_TRANSPORT"
+"""Environment variable that forces ``direct`` or ``staged``."""
+
+_LAUNCHER_PREFIXES = (
+    *("PMI", "PRTE", "HYDI", "HYDRA", "PALS_", "SLURM_", "MPIR_", "MPI_LOCAL"),
+    *("OMPI_COMM_WORLD", "OMPI_UNIVERSE", "OMPI_APP"),
+)
+
+_CHILD = """
+import torch
+from mpi4py import MPI
+for count in (16, 1 << 22):
+    sent = torch.arange(count, dtype=torch.int32, device="cuda").view(torch.uint8)
+    received = torch.zeros_like(sent)
+    torch.cuda.synchronize()
+    MPI.COMM_SELF.Ialltoallv([sent, ([4 * count], [0]), MPI.BYTE], [received, ([4 * count], [0]), MPI.BYTE]).Wait()
+    MPI.COMM_SELF.Sendrecv([sent, MPI.BYTE], 0, recvbuf=[received, MPI.BYTE], source=0)
+    torch.cuda.synchronize()
+    assert torch.equal(sent, received)
+print("device pointers work")
+"""
+
+
+class Transport(enum.Enum):
+    """How device memory travels."""
+
+    DIRECT = "direct"
+    """MPI reads and writes device memory (CUDA-aware MPI)."""
+    STAGED = "staged"
+    """Through pinned host memory."""
+
+
+_decided: Transport | None = None
+
+
+def transport_of(comm: MPI.Comm | None) -> Transport:
+    """Return the transport of device memory, deciding it if nobody has; then collective over ``comm``."""
+    return _decided or decide_transport(comm)
+
+
+def decide_transport(comm: MPI.Comm | None, forced: str = "auto") -> Transport:
+    """Decide how device memory travels and say so once, on rank 0.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm or None
+        Ranks that must decide alike; direct only if every node can.
+    forced : str
+        ``auto``, ``direct`` or ``staged``. The environment variable `LONGNET_HPC_TRANSPORT` speaks where this is auto.
+
+    Returns
+    -------
+    Transport
+        The same on all ranks. Collective.
+
+    Raises
+    ------
+    LaunchError
+        If ``forced`` is none of the three.
+    """
+    global _decided
+    choice = forced if forced != "auto" else os.environ.get(VARIABLE, "auto")
+    if choice not in ("auto", "direct", "staged"):
+        raise LaunchError(f"transport must be auto, direct or staged, got {choice!r}")
+    if choice == "auto":
+        # One child a node: each starts a CUDA context, which several at once would only slow down.
+        first_on_node = comm is None or _node_rank(comm) == 0
+        answers = allgather_objects(comm, device_pointers_work() if first_on_node else (True, ""))
+        refusals = [reason for works, reason in answers if not works]
+        _decided = Transport.STAGED if refusals else Transport.DIRECT
+        reason = refusals[0] if refusals else "a trial exchange of device memory worked"
+    else:
+        _decided, reason = Transport(choice), "forced"
+    if comm is None or comm.rank == 0:
+        logging.getLogger("longnet_hpc").info("device memory travels %s: %s", _decided.value, reason)
+    return _decided
+
+
+def device_pointers_work(seconds: float = 120.0) -> tuple[bool, str]:
+    """Try an exchange of device memory in a child process.
+
+    Parameters
+    ----------
+    seconds : float
+        Time limit; a child that hangs counts as a refusal.
+
+    Returns
+    -------
+    tuple of bool and str
+        Whether it worked, and if not, why.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_PREFIXES)}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"a trial exchange of device memory did not end within {seconds:.0f} s"
+    if child.returncode == 0 and "device pointers work" in child.stdout:
+        return True, ""
+    if child.returncode < 0:
+        return False, f"a trial exchange of device memory died of signal {-child.returncode}"
+    lines = child.stderr.strip().splitlines() or ["no output"]
+    return False, f"a trial exchange of device memory failed: {lines[-1]}"
+
+
+def _node_rank(comm: MPI.Comm) -> int:
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    rank: int = node.rank
+    node.Free()
+    return rank

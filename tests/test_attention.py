@@ -1,0 +1,148 @@
+import oracle
+import pytest
+import torch
+from cases import cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longnet_hpc import dilated_attention
+from longnet_hpc.errors import BackendError, PatternError, ShapeError
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def results(case, dtype, backend="auto", views=lambda x: x):
+    """Return (out, lse, dq, dk, dv) of the library and of the oracle on the same rounded inputs."""
+    q, k, v, dout = case.tensors(dtype)
+    leaves = [views(x).detach().requires_grad_() for x in (q, k, v)]
+    out, lse = dilated_attention(*leaves, *case.pattern, causal=case.causal, backend=backend, return_lse=True)
+    grads = torch.autograd.grad(out, leaves, dout)
+    expected = oracle.attention_with_gradients(q, k, v, dout, *case.pattern, case.causal)
+    return (out.detach(), lse, *grads), expected
+
+
+def assert_close(actual, expected, tolerance):
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(case=cases())
+def test_result_equals_oracle_for_random_cases(dtype, case):
+    assert_close(*results(case, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=cases())
+def test_result_equals_oracle_in_half_precision(dtype, case):
+    assert_close(*results(case, dtype), TOLERANCE[dtype])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=cases())
+def test_reference_backend_equals_oracle(case):
+    assert_close(*results(case, torch.float64, "reference"), 1e-10)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=cases(), layout=st.sampled_from(("heads first", "head_dim strided", "fused qkv")))
+def test_result_is_exact_for_strided_inputs(case, layout):
+    def views(x):
+        if layout == "heads first":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "head_dim strided":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        return torch.cat((x, x + 1, x - 1), dim=-1)[..., : x.shape[-1]]
+
+    assert_close(*results(case, torch.float64, views=views), 1e-10)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_pattern_equals_scaled_dot_product_attention(causal):
+    q, k, v = torch.randn(3, 2, 50, 4, 8, dtype=torch.float64)
+    ours = dilated_attention(q, k, v, [50], [1], causal=causal)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-12, rtol=1e-12)
+
+
+def test_query_on_no_grid_gets_zero_and_minus_infinity():
+    q, k, v = torch.randn(3, 1, 12, 2, 4)
+    out, lse = dilated_attention(q, k, v, [12], [3], return_lse=True)
+    off_grid = torch.tensor([[p % 3 != h for h in range(2)] for p in range(12)])
+    assert off_grid.any()
+    assert (out[0][off_grid] == 0).all()
+    assert (lse[0][off_grid] == -torch.inf).all()
+    assert torch.isfinite(lse[0][~off_grid]).all()
+
+
+def test_key_offered_by_two_branches_counts_twice():
+    q, k, v = torch.randn(3, 1, 8, 1, 4, dtype=torch.float64)
+    _, once = dilated_attention(q, k, v, [8], [1], return_lse=True)
+    _, twice = dilated_attention(q, k, v, [8, 8], [1, 1], return_lse=True)
+    torch.testing.assert_close(twice, once + torch.log(torch.tensor(2.0, dtype=torch.float64)))
+
+
+def test_head_offset_is_head_modulo_rate_not_a_block_of_heads():
+    v = torch.arange(8, dtype=torch.float64).reshape(1, 8, 1, 1).expand(1, 8, 4, 1)
+    zeros = torch.zeros_like(v)
+    out = dilated_attention(zeros, zeros, v, [8], [2])
+    # With equal scores a query on the grid gets the mean position of the grid: 3 for even heads, 4 for odd ones.
+    assert out[0, 0, :, 0].tolist() == [3.0, 0.0, 3.0, 0.0]
+    assert out[0, 1, :, 0].tolist() == [0.0, 4.0, 0.0, 4.0]
+
+
+def test_ragged_segment_has_no_padding_in_its_softmax():
+    v = torch.ones(1, 5, 1, 1, dtype=torch.float64)
+    out, lse = dilated_attention(torch.zeros_like(v), torch.zeros_like(v), v, [4], [1], return_lse=True)
+    torch.testing.assert_close(out, v)
+    assert lse[0, 4, 0].item() == 0.0  # one key of score 0, which a test for "absent" must not take for none
+
+
+def test_gradient_passes_gradcheck_through_the_mixture_weights():
+    leaves = [torch.randn(1, 11, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: dilated_attention(*x, [4, 11], [1, 2], causal=True), leaves)
+
+
+def test_softmax_scale_is_used():
+    q, k, v, dout = torch.randn(4, 1, 20, 2, 4, dtype=torch.float64)
+    expected = oracle.attention_with_gradients(q, k, v, dout, [7, 20], [1, 2], True, scale=0.9)[0]
+    torch.testing.assert_close(dilated_attention(q, k, v, [7, 20], [1, 2], causal=True, softmax_scale=0.9), expected)
+
+
+def test_no_dense_temporary_is_saved_per_branch():
+    leaves = [torch.randn(1, 256, 4, 8, requires_grad=True) for _ in range(3)]
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        dilated_attention(*leaves, [16, 32, 64, 128, 256], [1, 2, 4, 8, 16])
+    assert sum(saved) <= 4 * 256 * 4 * 8 + 256 * 4  # q, k, v, out and lse, whatever the number of branches
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"segment_lengths": [0]}, PatternError, "segment length must be at least 1, got 0"),
+        ({"dilation_rates": [0]}, PatternError, "dilation rate must be at least 1, got 0"),
+        ({"dilation_rates": [1, 2]}, PatternError, "must pair up, got 1 and 2"),
+        ({"segment_lengths": [2.5]}, PatternError, "must be an integer, got 2.5"),
+        ({"segment_lengths": [], "dilation_rates": []}, PatternError, "at least 1 branch"),
+        ({"q": torch.zeros(1, 8, 4)}, ShapeError, "(1, 8, 4)"),
+        ({"k": torch.zeros(1, 7, 4, 4)}, ShapeError, "(1, 7, 4, 4)"),
+        ({"k": torch.zeros(1, 8, 3, 4), "v": torch.zeros(1, 8, 3, 4)}, ShapeError, "must divide"),
+        ({"k": torch.zeros(1, 8, 4, 4).double()}, ShapeError, "float64"),
+        ({"q": torch.zeros(1, 8, 4, 4).int()}, ShapeError, "int32"),
+        ({"backend": "magic"}, BackendError, "'magic'"),
+    ],
+)
+def test_bad_argument_is_one_clear_error(change, error, words):
+    arguments = dict.fromkeys("qkv", torch.zeros(1, 8, 4, 4)) | {"segment_lengths": [8], "dilation_rates": [1]} | change
+    with pytest.raises(error) as caught:
+        dilated_attention(**arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
