@@ -113,6 +113,6 @@ def _pack(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values ``(batch, tokens, kv_heads, head_dim)``: views of ``(tokens, kv_heads, 2, batch, dim)``."""
+    """Return keys and values ``(batch, tokens, kv_heads, dim)`` as views of ``(tokens, kv_heads, 2, batch, dim)``."""
     keys, values = block.permute(2, 3, 0, 1, 4)
     return keys, values

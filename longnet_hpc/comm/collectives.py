@@ -136,14 +136,14 @@ class _GatherSequence(torch.autograd.Function):
         batch, rest = x.shape[0], x.shape[2:]
         own = lengths[comm.rank]
         ctx.transfer = RowGather(comm, [own] * comm.size, [0] * comm.size, lengths)
-        rows = x.transpose(0, 1).reshape(own, -1).contiguous()
+        rows = x.transpose(0, 1).flatten(1).contiguous()
         return ctx.transfer.start(rows).finish().view(sum(lengths), batch, *rest).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = grads
         transfer: RowGather = ctx.transfer
-        rows = grad.transpose(0, 1).reshape(grad.shape[1], -1).contiguous()
+        rows = grad.transpose(0, 1).flatten(1).contiguous()
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         own = transfer.recv_counts[transfer.comm.rank]
         total = torch.zeros((own, rows.shape[1]), dtype=wide, device=grad.device)

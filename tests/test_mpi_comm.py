@@ -1,0 +1,138 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parallel_case import assert_all_close
+
+from longnet_hpc import comm as communication
+from longnet_hpc.comm import RowGather, buffers, collectives
+from longnet_hpc.errors import CorpusError, ShapeError
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def normal(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dot(comm, a, b):
+    """Inner product over all ranks."""
+    return comm.allreduce((a * b).sum().item())
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**31), data=st.data())
+def row_gather(comm, check, seed, data):
+    size = comm.size
+    rows = data.draw(st.lists(st.integers(0, 6), min_size=size, max_size=size))
+    blocks = [
+        [sorted(data.draw(st.tuples(st.integers(0, rows[s]), st.integers(0, rows[s])))) for _ in range(size)]
+        for s in range(size)
+    ]
+    own = blocks[comm.rank]
+    gather = RowGather(
+        comm,
+        [stop - start for start, stop in own],
+        [start for start, _ in own],
+        [blocks[s][comm.rank][1] - blocks[s][comm.rank][0] for s in range(size)],
+    )
+    check(gather, rows, blocks, seed)
+
+
+def test_row_gather_delivers_the_blocks_in_rank_order(comm):
+    def check(gather, rows, blocks, seed):
+        offered = [normal(rows[s], 3, seed=seed + s) for s in range(comm.size)]
+        expected = torch.cat([offered[s][slice(*blocks[s][comm.rank])] for s in range(comm.size)])
+        assert_all_close(comm, [(gather.start(offered[comm.rank]).finish(), expected)], 0.0)
+
+    row_gather(comm, check)
+
+
+def test_row_gather_adjoint_satisfies_the_inner_product_identity(comm):
+    def check(gather, rows, blocks, seed):
+        x = normal(rows[comm.rank], 3, seed=seed + comm.rank)
+        y = normal(sum(gather.recv_counts), 3, seed=seed + 100 + comm.rank)
+        forward = gather.start(x).finish()
+        adjoint = gather.finish_adjoint(gather.start_adjoint(y), torch.zeros_like(x))
+        left, right = dot(comm, forward, y), dot(comm, x, adjoint)
+        assert abs(left - right) <= 1e-12 * (1 + abs(left))
+
+    row_gather(comm, check)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gather_sequence_joins_slices_and_its_adjoint_fits(comm, dtype):
+    lengths = [3 * rank % 5 for rank in range(comm.size)]
+    whole = normal(2, sum(lengths), 4, seed=1).to(dtype)
+    start = sum(lengths[: comm.rank])
+    x = whole[:, start : start + lengths[comm.rank]].clone().requires_grad_()
+    joined = communication.gather_sequence(comm, x, lengths)
+    y = normal(2, sum(lengths), 4, seed=2 + comm.rank).to(dtype)
+    (gradient,) = torch.autograd.grad(joined, x, y)
+    assert_all_close(comm, [(joined.detach(), whole)], 0.0)
+    expected = sum(normal(2, sum(lengths), 4, seed=2 + r).to(dtype).double() for r in range(comm.size))
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    assert_all_close(comm, [(gradient, expected[:, start : start + lengths[comm.rank]].to(dtype))], tolerance)
+    if dtype == torch.float64:
+        left, right = dot(comm, joined.detach(), y), dot(comm, x.detach(), gradient)
+        assert abs(left - right) <= 1e-12 * (1 + abs(left))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (7, 5), (1000, 3), (0,)])
+def test_sum_over_ranks_is_wide_in_rank_order_and_alike_everywhere(comm, dtype, shape):
+    mine = normal(*shape, seed=comm.rank).to(dtype)
+    expected = torch.zeros(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for rank in range(comm.size):
+        expected = expected + normal(*shape, seed=rank).to(dtype)
+    total = communication.all_reduce_sum(comm, mine)
+    assert_all_close(comm, [(total, expected.to(dtype))], 0.0)
+    assert torch.equal(mine, normal(*shape, seed=comm.rank).to(dtype))
+
+
+def test_sum_over_ranks_is_split_into_buckets(comm, monkeypatch):
+    monkeypatch.setattr(collectives, "BUCKET_BYTES", 40)
+    mine = torch.arange(101, dtype=torch.float32) + comm.rank
+    expected = sum(torch.arange(101, dtype=torch.float32) + rank for rank in range(comm.size))
+    assert_all_close(comm, [(communication.all_reduce_sum(comm, mine), expected)], 0.0)
+
+
+def test_transposed_or_oversized_buffers_are_refused_before_mpi_sees_them(comm, monkeypatch):
+    counts, starts = [1] * comm.size, [0] * comm.size
+    with pytest.raises(ShapeError, match="contiguous"):
+        buffers.start_alltoallv(comm, torch.zeros(3, 4).t(), counts, starts, counts)
+    monkeypatch.setattr(buffers, "MAX_COUNT", 1)
+    with pytest.raises(ShapeError, match="at most 1 rows"):
+        buffers.start_alltoallv(comm, torch.zeros(2, 4), counts, starts, counts)
+
+
+def test_tensor_that_requires_grad_is_sent_detached(comm):
+    x = torch.full((2, 2), float(comm.rank), requires_grad=True)
+    received = buffers.start_alltoallv(comm, x, [2] * comm.size, [0] * comm.size, [2] * comm.size).finish()
+    assert received[:, 0].tolist() == [float(rank) for rank in range(comm.size) for _ in range(2)]
+
+
+def test_error_of_the_lowest_failing_rank_is_raised_everywhere(comm):
+    with pytest.raises(CorpusError, match="damaged on rank 1"), communication.agreed(comm):
+        if comm.rank >= 1:
+            raise CorpusError(f"damaged on rank {comm.rank}")
+
+
+def test_agreement_lets_good_ranks_pass_and_defects_through(comm):
+    with communication.agreed(comm):
+        pass
+    communication.agree(comm, None)
+    assert communication.allgather_objects(comm, comm.rank) == list(range(comm.size))
+    assert communication.broadcast_object(comm, comm.rank, root=1) == 1
+
+
+def test_groups_are_created_in_rounds_and_freed(comm):
+    groups = communication.Groups(comm)
+    pairs = [(rank, rank + 1) for rank in range(comm.size - 1)]
+    groups.ensure([*pairs, tuple(range(comm.size))])
+    groups.ensure(pairs)
+    for pair in pairs:
+        if comm.rank in pair:
+            assert groups[pair].allgather(comm.rank) == list(pair)
+    groups.free()
+    assert len(groups) == 0
