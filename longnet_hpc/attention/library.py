@@ -65,7 +65,7 @@ def _backward(
             scale=scale,
         )
     else:
-        padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+        padded = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[-1] % 32), value=torch.inf)
         no_seed = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = _aten._scaled_dot_product_efficient_attention_backward(
             *(dout, q, k, v, None, out, padded, no_seed, no_seed, 0.0, (True, True, True, False), causal), scale=scale

@@ -20,9 +20,11 @@ __all__ = ["Transport", "decide_transport", "device_pointers_work", "transport_o
 VARIABLE = "LONGNET_HPC_TRANSPORT"
 """Environment variable that forces ``direct`` or ``staged``."""
 
+# What launchers leave in the environment; with any of it left, the child believes to be part of this job.
 _LAUNCHER_PREFIXES = (
     *("PMI", "PRTE", "HYDI", "HYDRA", "PALS_", "SLURM_", "MPIR_", "MPI_LOCAL"),
-    *("OMPI_COMM_WORLD", "OMPI_UNIVERSE", "OMPI_APP"),
+    *("OMPI_COMM", "OMPI_UNIVERSE", "OMPI_APP", "OMPI_ARGV", "OMPI_FILE", "OMPI_FIRST", "OMPI_NUM", "OMPI_MCA_orte"),
+    *("OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_plm", "OMPI_MCA_ras", "OMPI_MCA_rmaps", "OMPI_MCA_shmem", "ORTE"),
 )
 
 _CHILD = """

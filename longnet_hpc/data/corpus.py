@@ -1,0 +1,303 @@
+"""The corpus file and its verified reading.
+
+A corpus is one HDF5 file. All datasets have one dimension and no filter, integers are little-endian:
+
+======================  ======  ==================  ===========================================================
+tokens                  uint    num_tokens          the documents, one after the other with nothing between
+document_offsets        int64   num_documents + 1   first token of each document, and the number of tokens
+document_names          uint8   bytes of all names  names, one after the other, as the file system spells them
+document_name_offsets   int64   num_documents + 1   first byte of each name, and the number of bytes
+chunk_starts            int64   num_chunks + 1      first token of each verified chunk, and the number of tokens
+chunk_checksums         uint64  num_chunks          XXH3-64 of the bytes of each chunk
+tokenizer_json          uint8   bytes of the file   the tokenizer's file; empty for bytes
+======================  ======  ==================  ===========================================================
+
+Attributes of the root: format, format_version, tokenizer, vocab_size, num_tokens, num_bytes. In a corpus written by
+several ranks, ``tokens`` is a virtual dataset over shards in the same folder; each shard is itself a corpus.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from longnet_hpc.data.failures import HDF5_ERRORS, corpus_errors
+from longnet_hpc.data.tokenizer import BYTES, BytesTokenizer, JsonTokenizer, Tokenizer
+from longnet_hpc.errors import CorpusError
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "MAX_CHUNK_TOKENS", "Corpus"]
+
+FORMAT = "longnet_hpc corpus"
+"""Marks an HDF5 file as a corpus."""
+
+FORMAT_VERSION = 1
+"""The version written, and the only one read."""
+
+MAX_CHUNK_TOKENS = 1 << 28
+"""Longest chunk with one checksum, in tokens; a chunk is read whole when first touched."""
+
+MAX_OPEN_SHARDS = 64
+"""Most shards that one process keeps open."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens ``[start, stop)`` of a corpus, and the file that stores them from its first token on."""
+
+    start: int
+    stop: int
+    path: Path
+
+
+class Corpus:
+    """A corpus file, open for reading. Not collective: each rank opens the file for itself.
+
+    Reads are verified, and may come from any thread of this process.
+
+    Parameters
+    ----------
+    path : str or path
+        A file that `prepare` wrote.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    format_version : int
+        Version of the file's format.
+    tokenizer : Tokenizer
+        What made the tokens; its `json` is the content of the tokenizer's file.
+    vocab_size : int
+        Number of token values.
+    num_tokens, num_documents : int
+        Size of the corpus.
+    num_bytes : int
+        Size of the text that the tokens stand for, in bytes.
+    chunk_starts : ndarray of int64, shape (num_chunks + 1,)
+        First token of each chunk, and the number of tokens.
+    chunk_checksums : ndarray of uint64, shape (num_chunks,)
+        XXH3-64 of the stored bytes of each chunk.
+
+    Raises
+    ------
+    CorpusError
+        If the file is missing, empty, truncated, not a corpus, of another version, or inconsistent, or if one of its
+        shards is missing or short.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._open_shards: OrderedDict[Path, h5py.Dataset] = OrderedDict()
+        self._file = _open(self.path)
+        try:
+            with corpus_errors(f"cannot read {self.path}", (*HDF5_ERRORS, KeyError)):
+                self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        self.format_version = _version(self.path, self._file)
+        self.vocab_size = self._count("vocab_size", limit=1 << 32)
+        self.num_tokens = self._count("num_tokens", limit=1 << 62)
+        self.num_bytes = self._count("num_bytes", limit=1 << 62)
+        tokens = _dataset(self.path, self._file, "tokens", None, self.num_tokens)
+        self.dtype: np.dtype[Any] = tokens.dtype
+        self._parts = self._find_parts(tokens)
+        self.chunk_checksums = self._read_column("chunk_checksums", np.uint64)
+        self.chunk_starts = self._read_offsets("chunk_starts", self.num_tokens, len(self.chunk_checksums))
+        longest = int(np.diff(self.chunk_starts).max(initial=0))
+        if longest > MAX_CHUNK_TOKENS:
+            raise CorpusError(f"{self.path}: a chunk has {longest} tokens; the limit is {MAX_CHUNK_TOKENS}")
+        self._verified = np.zeros(len(self.chunk_checksums), dtype=bool)
+        self.num_documents = self._column("document_offsets", np.int64).size - 1
+        self._name_bytes = self._column("document_names", np.uint8)
+        self._name_offsets = self._column("document_name_offsets", np.int64, self.num_documents + 1)
+        self.tokenizer = self._load_tokenizer()
+
+    @property
+    def document_offsets(self) -> NDArray[np.int64]:
+        """First token of each document, and the number of tokens; shape (num_documents + 1,). Read at each access."""
+        with corpus_errors(f"cannot read {self.path}", HDF5_ERRORS):
+            return self._read_offsets("document_offsets", self.num_tokens, self.num_documents)
+
+    @property
+    def shards(self) -> list[Path]:
+        """Files that store the tokens, in order; the corpus file itself if there are no others."""
+        return [part.path for part in self._parts]
+
+    def document_name(self, index: int) -> str:
+        """Return the name of document ``index``, 0 to below `num_documents`: its path as it was given to `prepare`."""
+        if not 0 <= index < self.num_documents:
+            raise CorpusError(f"{self.path}: document {index} is outside [0, {self.num_documents})")
+        with corpus_errors(f"cannot read {self.path}", HDF5_ERRORS):
+            start, stop = (int(offset) for offset in self._name_offsets[index : index + 2])
+            if not 0 <= start <= stop <= self._name_bytes.size:
+                raise CorpusError(f"{self.path}: name {index} is [{start}, {stop}) of {self._name_bytes.size} bytes")
+            return os.fsdecode(self._name_bytes[start:stop].tobytes())
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return tokens ``[start, stop)``.
+
+        Parameters
+        ----------
+        start, stop : int
+            Positions in the corpus, in tokens, ``0 <= start <= stop <= num_tokens``.
+
+        Returns
+        -------
+        ndarray
+            Shape ``(stop - start,)``, of the corpus's type `dtype`. Every chunk is verified when this object first
+            touches it.
+
+        Raises
+        ------
+        CorpusError
+            If the range is outside the corpus, a chunk's checksum does not fit, or a token is not in the vocabulary.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise CorpusError(f"{self.path}: tokens [{start}, {stop}) are outside [0, {self.num_tokens})")
+        if start == stop:
+            return np.empty(0, dtype=self.dtype)
+        first = int(np.searchsorted(self.chunk_starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.chunk_starts, stop, side="left"))
+        with self._lock, corpus_errors(f"cannot read {self.path}", HDF5_ERRORS):
+            for chunk in first + np.flatnonzero(~self._verified[first:last]):
+                self._verify(int(chunk))
+            return self._read_parts(start, stop)
+
+    def close(self) -> None:
+        """Close the file and its shards. May be called more than once."""
+        with self._lock:
+            for tokens in self._open_shards.values():
+                tokens.file.close()
+            self._open_shards.clear()
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _verify(self, chunk: int) -> None:
+        start, stop = (int(position) for position in self.chunk_starts[chunk : chunk + 2])
+        tokens = self._read_parts(start, stop)
+        expected, found = int(self.chunk_checksums[chunk]), xxhash.xxh3_64_intdigest(tokens.data)
+        if found != expected:
+            raise CorpusError(
+                f"{self.path}: chunk {chunk}, tokens [{start}, {stop}), is damaged: "
+                f"its checksum is {found:016x}, not {expected:016x}"
+            )
+        if self.vocab_size <= np.iinfo(self.dtype).max and int(tokens.max()) >= self.vocab_size:
+            position = int(tokens.argmax())
+            raise CorpusError(
+                f"{self.path}: token {tokens[position]} at {start + position} is outside the vocabulary "
+                f"of {self.vocab_size}"
+            )
+        self._verified[chunk] = True
+
+    def _read_parts(self, start: int, stop: int) -> NDArray[Any]:
+        pieces = [
+            self._tokens_of(part)[max(start, part.start) - part.start : min(stop, part.stop) - part.start]
+            for part in self._parts
+            if part.start < stop and start < part.stop
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _tokens_of(self, part: _Part) -> h5py.Dataset:
+        """Return the tokens of a part: the virtual dataset is several times slower and hides what is missing."""
+        if part.path not in self._open_shards:
+            if len(self._open_shards) >= MAX_OPEN_SHARDS:
+                self._open_shards.popitem(last=False)[1].file.close()
+            self._open_shards[part.path] = _open(part.path)["tokens"]
+        self._open_shards.move_to_end(part.path)
+        return self._open_shards[part.path]
+
+    def _find_parts(self, tokens: h5py.Dataset) -> list[_Part]:
+        if not tokens.is_virtual:
+            return [_Part(0, self.num_tokens, self.path)]
+        parts: list[_Part] = []
+        for source in tokens.virtual_sources():
+            (start,), (last,) = source.vspace.get_select_bounds()
+            if start != (parts[-1].stop if parts else 0) or Path(source.file_name).name != source.file_name:
+                raise CorpusError(f"{self.path}: shard {source.file_name} at token {start} does not fit the others")
+            part = _Part(int(start), int(last) + 1, self.path.parent / source.file_name)
+            with _open(part.path) as shard:
+                _version(part.path, shard)
+                _dataset(part.path, shard, "tokens", self.dtype, part.stop - part.start)
+            parts.append(part)
+        covered = parts[-1].stop if parts else 0
+        if covered != self.num_tokens:
+            raise CorpusError(f"{self.path}: shards hold {covered} tokens of {self.num_tokens}")
+        return parts
+
+    def _load_tokenizer(self) -> Tokenizer:
+        name = str(self._file.attrs["tokenizer"])
+        json = self._column("tokenizer_json", np.uint8)
+        if name == BYTES:
+            return BytesTokenizer()
+        return JsonTokenizer(name, self.vocab_size, json[()].tobytes().decode(errors="replace"))
+
+    def _count(self, name: str, limit: int) -> int:
+        value = int(self._file.attrs[name])
+        if not 0 < value <= limit:
+            raise CorpusError(f"{self.path}: {name} is {value}, must be 1 to {limit}")
+        return value
+
+    def _column(self, name: str, dtype: Any, size: int | None = None) -> h5py.Dataset:
+        return _dataset(self.path, self._file, name, dtype, size)
+
+    def _read_column(self, name: str, dtype: Any, size: int | None = None) -> NDArray[Any]:
+        values: NDArray[Any] = self._column(name, dtype, size)[()]
+        return values
+
+    def _read_offsets(self, name: str, total: int, count: int) -> NDArray[np.int64]:
+        """Return a column of ``count + 1`` offsets that rise from 0 to ``total``."""
+        offsets = self._read_column(name, np.int64, count + 1)
+        if offsets[0] != 0 or offsets[-1] != total or np.any(offsets[:-1] > offsets[1:]):
+            raise CorpusError(f"{self.path}: {name} do not rise from 0 to {total}")
+        return offsets
+
+
+def _open(path: Path) -> h5py.File:
+    """Open an HDF5 file for reading, without a chunk cache (chunks are not compressed) and without a lock."""
+    with corpus_errors(f"cannot read {path}"):
+        if path.stat().st_size == 0:
+            raise CorpusError(f"{path} is empty; a corpus is an HDF5 file")
+        return h5py.File(path, "r", rdcc_nbytes=0, locking=False)
+
+
+def _version(path: Path, file: h5py.File) -> int:
+    if file.attrs.get("format") != FORMAT:
+        raise CorpusError(f"{path} is an HDF5 file but not a corpus: its format is {file.attrs.get('format')!r}")
+    version = int(file.attrs.get("format_version", 0))
+    if version != FORMAT_VERSION:
+        raise CorpusError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
+    return version
+
+
+def _dataset(path: Path, file: h5py.File, name: str, dtype: Any, size: int | None) -> h5py.Dataset:
+    """Return a dataset whose stated length is backed by stored bytes, so that it is safe to allocate."""
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1:
+        raise CorpusError(f"{path}: dataset {name} is missing")
+    if dataset.dtype.kind not in "iu" or (dtype is not None and dataset.dtype != dtype):
+        raise CorpusError(f"{path}: dataset {name} has type {dataset.dtype}, not {np.dtype(dtype or 'uint8')}")
+    if size is not None and dataset.size != size:
+        raise CorpusError(f"{path}: dataset {name} has {dataset.size} values, must have {size}")
+    stored = dataset.id.get_storage_size()
+    if not dataset.is_virtual and not dataset.nbytes <= stored <= path.stat().st_size:
+        raise CorpusError(f"{path}: dataset {name} states {dataset.nbytes} bytes, but {stored} are stored")
+    return dataset

@@ -1,0 +1,163 @@
+"""From blocks of bytes to blocks of tokens."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longnet_hpc.errors import ConfigError
+
+__all__ = ["BytesTokenizer", "JsonTokenizer", "Tokenizer", "load_tokenizer"]
+
+BYTES = "bytes"
+"""Name of the tokenizer that takes bytes for tokens."""
+
+TEXT_BLOCK_CHARACTERS = 1 << 18
+"""Largest piece of text that is tokenized at once; bounds memory."""
+
+
+@dataclass(frozen=True)
+class Tokenizer(ABC):
+    """What turns text into tokens, as recorded in a corpus file."""
+
+    name: str
+    """``bytes``, or the name of the tokenizer's file."""
+    vocab_size: int
+    """Number of token values."""
+    json: str
+    """Content of the tokenizer's file, with which the corpus travels; empty for bytes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest unsigned integer that holds every token, little-endian."""
+        return np.dtype(np.min_scalar_type(self.vocab_size - 1)).newbyteorder("<")
+
+    @abstractmethod
+    def encode(self, name: str, blocks: Iterable[bytes]) -> Iterator[NDArray[Any]]:
+        """Iterate over the tokens of one document, block by block.
+
+        Parameters
+        ----------
+        name : str
+            Name of the document, for warnings.
+        blocks : iterable of bytes
+            Its content. How it is cut does not change the tokens.
+
+        Returns
+        -------
+        iterator of ndarray
+            Tokens of type `dtype`, in order. Nothing is added before, between or after documents.
+        """
+
+
+@dataclass(frozen=True)
+class BytesTokenizer(Tokenizer):
+    """Each byte is a token."""
+
+    name: str = BYTES
+    vocab_size: int = 256
+    json: str = ""
+
+    def encode(self, name: str, blocks: Iterable[bytes]) -> Iterator[NDArray[Any]]:  # noqa: D102
+        return (np.frombuffer(block, dtype=np.uint8) for block in blocks)
+
+
+@dataclass(frozen=True)
+class JsonTokenizer(Tokenizer):
+    """A tokenizer of the Hugging Face ``tokenizers`` package.
+
+    Text is UTF-8; a byte that is not becomes U+FFFD, with a warning that names the document. Text is tokenized in
+    blocks that end with a line where there is one within `TEXT_BLOCK_CHARACTERS`, so tokens may differ from those of
+    the whole document where two blocks meet. No special tokens are added, and truncation and padding are off.
+    """
+
+    @cached_property
+    def _encoder(self) -> Any:
+        encoder = _tokenizers().Tokenizer.from_str(self.json)
+        encoder.no_truncation()
+        encoder.no_padding()
+        return encoder
+
+    def encode(self, name: str, blocks: Iterable[bytes]) -> Iterator[NDArray[Any]]:  # noqa: D102
+        for text in _lines_together(_decoded(name, blocks)):
+            yield np.array(self._encoder.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+
+
+def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
+    """Return the tokenizer that a user named.
+
+    Parameters
+    ----------
+    tokenizer : str or path
+        ``bytes``, or a JSON file of the Hugging Face ``tokenizers`` package.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file, it is not a tokenizer, or the package is not installed.
+    """
+    if tokenizer == BYTES:
+        return BytesTokenizer()
+    path = Path(tokenizer)
+    try:
+        json = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tokenizer must be 'bytes' or a JSON file, got {str(tokenizer)!r}: {error}") from error
+    package = _tokenizers()
+    try:
+        vocabulary = package.Tokenizer.from_str(json).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the package raises Exception itself
+        raise ConfigError(f"{path} is not a tokenizer of the tokenizers package: {error}") from error
+    if not vocabulary:
+        raise ConfigError(f"tokenizer {path} has an empty vocabulary; needs at least 1 token")
+    return JsonTokenizer(path.name, max(vocabulary.values()) + 1, json)
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError("a tokenizer file needs the tokenizers package; try: pip install tokenizers") from error
+    return tokenizers
+
+
+def _decoded(name: str, blocks: Iterable[bytes]) -> Iterator[str]:
+    """Decode UTF-8, characters cut by blocks included."""
+    make_decoder = codecs.getincrementaldecoder("utf-8")
+    decoder = make_decoder("strict")
+    for block in chain(blocks, [b""]):
+        pending, _ = decoder.getstate()
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            warnings.warn(f"{name}: bytes that are not UTF-8 become U+FFFD: {error.reason}", stacklevel=2)
+            decoder = make_decoder("replace")
+            text = decoder.decode(pending + block, final=not block)
+        yield text
+
+
+def _lines_together(texts: Iterable[str]) -> Iterator[str]:
+    """Cut text anew, into the longest pieces of whole lines that `TEXT_BLOCK_CHARACTERS` allow."""
+    pending = ""
+    for text in texts:
+        pending += text
+        start = 0
+        while len(pending) - start > TEXT_BLOCK_CHARACTERS:
+            limit = start + TEXT_BLOCK_CHARACTERS
+            stop = pending.rfind("\n", start, limit) + 1 or limit
+            yield pending[start:stop]
+            start = stop
+        pending = pending[start:]
+    if pending:
+        yield pending

@@ -1,0 +1,62 @@
+"""On a GPU: the same results as the oracle, on one rank and, under mpirun, on several that may share the GPU."""
+
+import oracle
+import pytest
+import torch
+from cases import Case, cases
+from hypothesis import given, settings
+from parallel_case import assert_all_close, cut, own_slice
+
+from longnet_hpc import dilated_attention
+from longnet_hpc.comm import all_reduce_sum, transport
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def on_gpu(case, dtype, lengths=(None,), rank=0, comm=None, backend="auto"):
+    q, k, v, dout = case.tensors(dtype)
+    expected = oracle.attention_with_gradients(q, k, v, dout, *case.pattern, case.causal)
+    if comm is not None:
+        q, k, v, dout, *expected = (own_slice(x, lengths, rank) for x in (q, k, v, dout, *expected))
+    leaves = [x.cuda().requires_grad_() for x in (q, k, v)]
+    out, lse = dilated_attention(
+        *leaves, *case.pattern, causal=case.causal, comm=comm, backend=backend, return_lse=True
+    )
+    grads = torch.autograd.grad(out, leaves, dout.cuda())
+    return [x.detach().cpu() for x in (out, lse, *grads)], expected
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=cases())
+def test_random_cases_equal_the_oracle(dtype, case):
+    for actual, expected in zip(*on_gpu(case, dtype), strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_library_kernels_equal_the_oracle_with_merged_statistics(dtype, causal, head_dim):
+    case = Case(2, 515, 6, 3, head_dim, (128, 300, 515), (1, 2, 6), causal, seed=head_dim)
+    for actual, expected in zip(*on_gpu(case, dtype, backend="library"), strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("way", list(transport.Transport))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_on_gpus_equal_the_oracle(comm, dtype, way, monkeypatch):
+    if way is transport.Transport.DIRECT and transport.decide_transport(comm) is not way:
+        pytest.skip("this MPI does not take device memory")
+    monkeypatch.setattr(transport, "_decided", way)
+    torch.cuda.set_device(comm.rank % torch.cuda.device_count())
+    for seed in range(12):
+        case = Case(1 + seed % 2, 200 + seed, 4, 2, 8 * (1 + seed % 2), (64, 150, 4096), (1, 2, 5), seed % 3 > 0, seed)
+        lengths = cut(case.seq, comm.size, seed)
+        actual, expected = on_gpu(case, dtype, lengths, comm.rank, comm)
+        assert_all_close(comm, zip(actual, expected, strict=True), TOLERANCE[dtype])
+    total = all_reduce_sum(comm, torch.full((3,), comm.rank + 1.0, device="cuda", dtype=dtype))
+    assert_all_close(comm, [(total.cpu(), torch.full((3,), comm.size * (comm.size + 1) / 2).to(dtype))], 0.0)
