@@ -135,9 +135,9 @@ class _GatherSequence(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, comm: MPI.Comm, lengths: tuple[int, ...]) -> torch.Tensor:
         batch, rest = x.shape[0], x.shape[2:]
         own = lengths[comm.rank]
-        ctx.transfer = RowGather(comm, [own] * comm.size, [0] * comm.size, lengths)
+        transfer = ctx.transfer = RowGather(comm, [own] * comm.size, [0] * comm.size, lengths)
         rows = x.transpose(0, 1).flatten(1).contiguous()
-        return ctx.transfer.start(rows).finish().view(sum(lengths), batch, *rest).transpose(0, 1)
+        return transfer.start(rows).finish().view(sum(lengths), batch, *rest).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:

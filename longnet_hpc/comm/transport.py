@@ -5,8 +5,10 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 from longnet_hpc.comm.agreement import allgather_objects
@@ -23,7 +25,17 @@ VARIABLE = "LONGNET_HPC_TRANSPORT"
 # What launchers leave in the environment; with any of it left, the child believes to be part of this job.
 _LAUNCHER_PREFIXES = (
     *("PMI", "PRTE", "HYDI", "HYDRA", "PALS_", "SLURM_", "MPIR_", "MPI_LOCAL"),
-    *("OMPI_COMM", "OMPI_UNIVERSE", "OMPI_APP", "OMPI_ARGV", "OMPI_FILE", "OMPI_FIRST", "OMPI_NUM", "OMPI_MCA_orte"),
+    *(
+        "OMPI_COMM",
+        "OMPI_MCA_initial",
+        "OMPI_UNIVERSE",
+        "OMPI_APP",
+        "OMPI_ARGV",
+        "OMPI_FILE",
+        "OMPI_FIRST",
+        "OMPI_NUM",
+        "OMPI_MCA_orte",
+    ),
     *("OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_plm", "OMPI_MCA_ras", "OMPI_MCA_rmaps", "OMPI_MCA_shmem", "ORTE"),
 )
 
@@ -111,22 +123,23 @@ def device_pointers_work(seconds: float = 120.0) -> tuple[bool, str]:
         Whether it worked, and if not, why.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_PREFIXES)}
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
+    # A file, not a pipe: an MPI library may leave a daemon behind that keeps a pipe open for ever.
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-c", _CHILD], env=environment, stdout=output, stderr=output, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        return False, f"a trial exchange of device memory did not end within {seconds:.0f} s"
-    if child.returncode == 0 and "device pointers work" in child.stdout:
+        try:
+            code = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            return False, f"a trial exchange of device memory did not end within {seconds:.0f} s"
+        output.seek(0)
+        lines = output.read().strip().splitlines() or ["no output"]
+    if code == 0 and "device pointers work" in lines:
         return True, ""
-    if child.returncode < 0:
-        return False, f"a trial exchange of device memory died of signal {-child.returncode}"
-    lines = child.stderr.strip().splitlines() or ["no output"]
+    if code < 0:
+        return False, f"a trial exchange of device memory died of signal {-code}"
     return False, f"a trial exchange of device memory failed: {lines[-1]}"
 
 

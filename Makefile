@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine with Python 3.11 and no MPI: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+MPI ?= mpich
+bin := $(CURDIR)/$(VENV)-$(MPI)/bin
+
+export OMP_NUM_THREADS = 1
+# Open MPI asks for these as root or with more ranks than cores; MPICH does not read them.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy = none
+
+.PHONY: setup lint test test-one test-parallel
+
+setup: $(bin)/.ready
+
+$(bin)/.ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-$(MPI)
+	$(bin)/python -m pip install -q -c constraints.txt torch
+	$(bin)/python -m pip install -q -c constraints.txt -e '.[$(MPI),test]'
+	touch $@
+
+lint: setup
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy longnet_hpc
+
+test-one: setup
+	$(bin)/python -m pytest -m "not mpi" tests
+
+# One process group per number of ranks, with a limit on the whole so that a hang is a failure.
+test-parallel: setup
+	for ranks in 2 3 4; do \
+	  PATH=$(bin):$$PATH timeout 600 $(bin)/mpirun -n $$ranks $(bin)/python -m mpi4py -m pytest -x -m mpi --with-mpi tests \
+	  || exit 1; done
+
+test: lint test-one test-parallel
+	$(MAKE) test-parallel MPI=openmpi
+	@echo "all tests passed"

