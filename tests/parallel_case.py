@@ -1,5 +1,7 @@
 """Helpers of the tests that run on several ranks: cut tensors, and judge on all ranks together."""
 
+import itertools
+
 import torch
 
 
@@ -7,7 +9,7 @@ def cut(total, size, seed):
     """Return `size` slice lengths that add up to `total`, uneven, some perhaps empty; the same on every rank."""
     points = torch.randint(0, total + 1, (size - 1,), generator=torch.Generator().manual_seed(seed)).sort().values
     bounds = [0, *points.tolist(), total]
-    return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(bounds)]
 
 
 def own_slice(x, lengths, rank):
