@@ -36,7 +36,7 @@ _LAUNCHER_PREFIXES = (
         "OMPI_NUM",
         "OMPI_MCA_orte",
     ),
-    *("OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_plm", "OMPI_MCA_ras", "OMPI_MCA_rmaps", "OMPI_MCA_shmem", "ORTE"),
+    *("OMPI_MCA_ess", "OMPI_MCA_pmix", "OMPI_MCA_ras", "OMPI_MCA_rmaps", "OMPI_MCA_shmem", "ORTE"),
 )
 
 _CHILD = """
@@ -123,6 +123,8 @@ def device_pointers_work(seconds: float = 120.0) -> tuple[bool, str]:
         Whether it worked, and if not, why.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_PREFIXES)}
+    # Open MPI 4 looks for a remote shell even to start alone; any program that exists will do.
+    environment.setdefault("OMPI_MCA_plm_rsh_agent", "sh")
     # A file, not a pipe: an MPI library may leave a daemon behind that keeps a pipe open for ever.
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(
