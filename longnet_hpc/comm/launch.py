@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -14,20 +13,12 @@ import torch
 
 from longnet_hpc.comm.transport import Transport, decide_transport
 from longnet_hpc.errors import LaunchError
+from longnet_hpc.launcher import environment_rank, environment_size, launcher_environment
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["Launch", "environment_rank", "environment_size", "start"]
-
-# Where each launcher writes the rank and the number of ranks. The innermost comes first: mpirun inside a Slurm step
-# sets its own beside Slurm's.
-_LAUNCHERS = (
-    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("MPICH's mpirun or srun --mpi=pmi2", "PMI_RANK", "PMI_SIZE"),
-    ("PALS", "PALS_RANKID", "PALS_SIZE"),
-    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-)
 
 
 @dataclass(frozen=True)
@@ -50,16 +41,6 @@ class Launch:
     """How device memory travels; None on the CPU or alone."""
     mpi_library: str
     """First line of the MPI library's version, or 'none'."""
-
-
-def environment_rank() -> int:
-    """Return the rank that the launcher's environment gives this process, 0 if it gives none. Does not start MPI."""
-    return _environment()[1]
-
-
-def environment_size() -> int:
-    """Return the number of ranks that the launcher's environment gives, 1 if it gives none. Does not start MPI."""
-    return _environment()[2]
 
 
 def start(*, device: str = "auto", transport: str = "auto") -> Launch:
@@ -87,7 +68,7 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
         raise LaunchError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise LaunchError("device cuda was asked for, but torch sees no CUDA device")
-    launcher, _, expected = _environment()
+    launcher, _, expected = launcher_environment()
     comm: MPI.Comm | None = None
     node_rank, node_size, library = 0, 1, "none"
     if expected > 1:
@@ -120,13 +101,6 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
         transport=decide_transport(comm, transport) if on_gpu and comm is not None else None,
         mpi_library=library,
     )
-
-
-def _environment() -> tuple[str, int, int]:
-    for launcher, rank, size in _LAUNCHERS:
-        if rank in os.environ and size in os.environ:
-            return launcher, int(os.environ[rank]), int(os.environ[size])
-    return "nothing", 0, 1
 
 
 def _abort_on_exception(comm: MPI.Comm) -> None:

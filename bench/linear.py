@@ -1,0 +1,122 @@
+"""Time and peak memory of dilated attention, forward and backward, as the sequence grows.
+
+    python bench/linear.py --out bench/records/linear.jsonl
+
+Each length runs in a process of its own, so that peak memory is that length's. Prints one JSON record a length, then
+one with the exponents fitted to time and to memory (above that of an empty process) over length; 1 is linear.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PATTERN = {"segment_lengths": [512, 1024, 2048, 4096, 8192], "dilation_rates": [1, 2, 4, 6, 12]}
+HEADS, HEAD_DIM = 4, 32
+
+
+def measure(seq_len, repeats):
+    """Return (seconds, peak bytes above the start, worst difference to the reference) of one length."""
+    import torch
+
+    from longnet_hpc import dilated_attention
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    def step(length, backend="auto"):
+        leaves = [torch.randn(1, length, HEADS, HEAD_DIM, requires_grad=True) for _ in range(3)]
+        started = time.perf_counter()
+        out = dilated_attention(*leaves, **PATTERN, causal=True, backend=backend)
+        out.sum().backward()
+        return time.perf_counter() - started, out.detach(), leaves
+
+    _, out, leaves = step(8192)  # warm-up, and the check: the same numbers by plain matrix products
+    with torch.no_grad():
+        expected = dilated_attention(*(x.double() for x in leaves), **PATTERN, causal=True, backend="reference")
+    difference = (out.double() - expected).abs().max().item()
+    del out, leaves, expected
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = statistics.median(step(seq_len)[0] for _ in range(repeats))
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base, difference
+
+
+def exponent(records, key):
+    """Return the slope of log(key) over log(tokens), least squares."""
+    points = [(math.log(record["tokens"]), math.log(record[key])) for record in records]
+    mean_x, mean_y = (statistics.mean(values) for values in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shortest", type=int, default=8192, help="tokens (default: 8192)")
+    parser.add_argument("--longest", type=int, default=524288, help="tokens (default: 524288)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs a length, of which the median counts")
+    parser.add_argument("--out", type=Path, help="file that the records are appended to")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.repeats)))
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    common = {
+        "benchmark": "linear",
+        "command": " ".join(sys.argv),
+        "git_commit": commit.stdout.strip(),
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "ranks": 1,
+        "threads": 1,
+        "measured": True,
+        "statistic": "median",
+        "warm_up": 1,
+        "repeats": options.repeats,
+        "dtype": "float32",
+        "causal": True,
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        **PATTERN,
+    }
+    records = []
+    seq_len = options.shortest
+    while seq_len <= options.longest:
+        command = [sys.executable, __file__, "--one", str(seq_len), "--repeats", str(options.repeats)]
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        seconds, peak, difference = json.loads(answer.stdout)
+        assert difference < 2e-5, f"wrong results: off by {difference}"
+        records.append(
+            common
+            | {
+                "tokens": seq_len,
+                "seconds": seconds,
+                "peak_bytes": peak,
+                "tokens_per_second": seq_len / seconds,
+                "check_max_difference": difference,
+            }
+        )
+        print(f"{seq_len:>9,} tokens  {seconds:8.3f} s  {peak / 2**20:8.0f} MiB  {seq_len / seconds:10,.0f} tokens/s")
+        seq_len *= 2
+    fit = common | {
+        "fit": f"{options.shortest}..{options.longest} tokens",
+        "time_exponent": exponent(records, "seconds"),
+        "memory_exponent": exponent([r for r in records if r["peak_bytes"] > 2**24], "peak_bytes"),
+    }
+    print(f"fitted exponents: time {fit['time_exponent']:.3f}, memory {fit['memory_exponent']:.3f}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in [*records, fit])
+
+
+if __name__ == "__main__":
+    main()
