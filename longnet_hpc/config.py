@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
+
+from tyro.conf import Positional
 
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.pattern import Pattern
 
-__all__ = ["PRESETS", "LongNetConfig"]
+__all__ = ["PRESETS", "EvalConfig", "LongNetConfig", "OptimizerConfig", "PrepareConfig", "TrainConfig"]
+
+THIS_CALL_ONLY = {"this_call_only": True}
+"""Metadata of a field that belongs to one call of the command line: not part of a config file, and not saved."""
 
 PAPER_SEGMENT_LENGTHS = (2048, 4096, 8192, 16384, 32768)
 PAPER_DILATION_RATES = (1, 2, 4, 6, 12)
+
+
+def _at_least(config: object, limit: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < limit:
+            raise ConfigError(f"{name} must be at least {limit}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +57,7 @@ class LongNetConfig:
     """Use the token embedding as output projection."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "layers", "embed_dim", "heads", "ffn_ratio"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _at_least(self, 1, "vocab_size", "layers", "embed_dim", "heads", "ffn_ratio")
         if self.embed_dim % self.heads:
             raise ConfigError(f"heads must divide embed_dim, got {self.heads} heads for width {self.embed_dim}")
         if self.head_dim % 2:
@@ -101,3 +112,144 @@ PRESETS: dict[str, LongNetConfig] = {
     "760m": LongNetConfig(layers=24, embed_dim=1536, heads=16),
     "2.7b": LongNetConfig(layers=32, embed_dim=2560, heads=32),
 }
+
+PresetName = Literal["tiny", "125m", "350m", "760m", "2.7b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-3
+    """Learning rate after the warm-up, per step."""
+    final_learning_rate: float = 0.1
+    """Learning rate at the last step over learning_rate, 0 to 1."""
+    warmup_steps: int = 10
+    """Steps in which the learning rate grows linearly from 0, in steps."""
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients, per step, 0 to below 1."""
+    beta2: float = 0.95
+    """Decay of AdamW's mean of squared gradients, per step, 0 to below 1."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices over the learning rate, per step; vectors do not decay."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient, in nats a token over parameter units; longer ones are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "clip_norm"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0.0 <= self.final_learning_rate <= 1.0:
+            raise ConfigError(f"final_learning_rate must be 0 to 1, got {self.final_learning_rate}")
+        if not self.weight_decay >= 0.0:
+            raise ConfigError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        _at_least(self, 0, "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where and in what numbers a model computes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of every rank: auto is the GPU of its place within the node, or the CPU where there is none."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of matrix products; weights stay float32. auto is bfloat16 on CUDA, float32 on the CPU."""
+    backend: str = "auto"
+    """Attention backend by name; auto is the fastest that can do it."""
+    transport: Literal["auto", "direct", "staged"] = "auto"
+    """How GPU memory travels between ranks: by a CUDA-aware MPI (direct) or through host memory (staged)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ComputeConfig):
+    """Train a model on a corpus; every rank owns a slice of every sequence."""
+
+    config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """TOML file with any of these fields; the command line overrides it."""
+    resume: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """Folder of a run to go on with, from its last checkpoint and with its config; any number of ranks."""
+    folder: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """Folder of this run, must not exist. None means runs/ and the time."""
+    stop_at: int | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """Step after which to save and stop early, for a job with a time limit, in steps."""
+    corpus: Path | None = None
+    """Corpus file (HDF5, made by prepare). None means the source of Python's standard library, prepared in
+    runs/corpus/."""
+    preset: PresetName = "tiny"
+    """Model that the fields below start from. On the command line it replaces the config file's model."""
+    model: LongNetConfig = PRESETS["tiny"]
+    """Sizes, attention pattern and positions of the model."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate."""
+    seq_len: int = 8192
+    """Length of a sequence over all ranks, in tokens."""
+    batch_size: int = 1
+    """Sequences in one forward and backward pass."""
+    accumulation: int = 1
+    """Forward and backward passes whose gradients make one step."""
+    steps: int = 120
+    """Length of the training, in steps."""
+    seed: int = 0
+    """Chooses the initial weights, the order of the sequences, and dropout; 0 to below 2**63."""
+    shuffle: bool = True
+    """Take the sequences in random order, anew in each epoch."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_every: int = 100
+    """Steps between checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Number of checkpoints kept, the latest ones."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn text into a corpus file (HDF5); every rank reads its share."""
+
+    config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """TOML file with any of these fields; the command line overrides it."""
+    sources: Positional[tuple[str, ...]] = ()
+    """Files, folders, globs, .gz, .xz and .tar archives, or - for standard input. None given means the source of
+    Python's standard library."""
+    output: Path = Path("runs/corpus/corpus.h5")
+    """Corpus file to write."""
+    tokenizer: str = "bytes"
+    """bytes (256 token values), or a JSON file of the Hugging Face tokenizers package."""
+    chunk_tokens: int = 1 << 20
+    """Tokens under one checksum."""
+    overwrite: bool = False
+    """Replace an existing corpus file."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "chunk_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(ComputeConfig):
+    """Measure loss, perplexity and bits per byte of a corpus, and the loss by how much context was available."""
+
+    config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """TOML file with any of these fields; the command line overrides it."""
+    checkpoint: Path | None = None
+    """Checkpoint file, or the folder of a run for its latest one."""
+    corpus: Path | None = None
+    """Corpus file (HDF5, made by prepare). None means the part of the standard library that train leaves out."""
+    seq_len: int | None = None
+    """Length of a sequence over all ranks, in tokens. None means as in the training."""
+    batch_size: int = 1
+    """Sequences in one forward pass."""
+    max_batches: int | None = None
+    """Number of batches that are evaluated, from the start of the corpus. None means all."""
+    output: Path | None = None
+    """Folder of the results, replaced if it has any. None means a folder named after the corpus beside the
+    checkpoints."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "seq_len", "batch_size", "max_batches")

@@ -1,4 +1,4 @@
-"""Who launched this process, told by the environment alone: no torch, no MPI, so it may be asked before either starts."""
+"""Who launched this process, as the environment tells it: needs neither torch nor MPI."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ document_name_offsets   int64   num_documents + 1   first byte of each name, and
 chunk_starts            int64   num_chunks + 1      first token of each verified chunk, and the number of tokens
 chunk_checksums         uint64  num_chunks          XXH3-64 of the bytes of each chunk
 tokenizer_json          uint8   bytes of the file   the tokenizer's file; empty for bytes
+shard_names             bytes   num_shards          files that store the tokens; only if there are several
+shard_starts            int64   num_shards + 1      first token of each shard, and the number of tokens
 ======================  ======  ==================  ===========================================================
 
 Attributes of the root: format, format_version, tokenizer, vocab_size, num_tokens, num_bytes. In a corpus written by
@@ -22,6 +24,7 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,7 +35,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from longnet_hpc.data.failures import HDF5_ERRORS, corpus_errors
-from longnet_hpc.data.tokenizer import BYTES, BytesTokenizer, JsonTokenizer, Tokenizer
+from longnet_hpc.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
 from longnet_hpc.errors import CorpusError
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "MAX_CHUNK_TOKENS", "Corpus"]
@@ -112,9 +115,8 @@ class Corpus:
         self.vocab_size = self._count("vocab_size", limit=1 << 32)
         self.num_tokens = self._count("num_tokens", limit=1 << 62)
         self.num_bytes = self._count("num_bytes", limit=1 << 62)
-        tokens = _dataset(self.path, self._file, "tokens", None, self.num_tokens)
-        self.dtype: np.dtype[Any] = tokens.dtype
-        self._parts = self._find_parts(tokens)
+        self._parts = self._find_parts()
+        self.dtype = self._check_parts()
         self.chunk_checksums = self._read_column("chunk_checksums", np.uint64)
         self.chunk_starts = self._read_offsets("chunk_starts", self.num_tokens, len(self.chunk_checksums))
         longest = int(np.diff(self.chunk_starts).max(initial=0))
@@ -217,7 +219,11 @@ class Corpus:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _tokens_of(self, part: _Part) -> h5py.Dataset:
-        """Return the tokens of a part: the virtual dataset is several times slower and hides what is missing."""
+        """Return the tokens of a part, from its own file.
+
+        The virtual dataset, which is for other programs, is slower, shows zeros where a shard is missing, and lies in
+        the one part of an HDF5 file that has no checksum.
+        """
         if part.path not in self._open_shards:
             if len(self._open_shards) >= MAX_OPEN_SHARDS:
                 self._open_shards.popitem(last=False)[1].file.close()
@@ -225,42 +231,49 @@ class Corpus:
         self._open_shards.move_to_end(part.path)
         return self._open_shards[part.path]
 
-    def _find_parts(self, tokens: h5py.Dataset) -> list[_Part]:
-        if not tokens.is_virtual:
+    def _find_parts(self) -> list[_Part]:
+        """List the files that store the tokens; the virtual dataset is never opened (`_tokens_of` says why)."""
+        if "shard_names" not in self._file:
             return [_Part(0, self.num_tokens, self.path)]
-        parts: list[_Part] = []
-        for source in tokens.virtual_sources():
-            (start,), (last,) = source.vspace.get_select_bounds()
-            if start != (parts[-1].stop if parts else 0) or Path(source.file_name).name != source.file_name:
-                raise CorpusError(f"{self.path}: shard {source.file_name} at token {start} does not fit the others")
-            part = _Part(int(start), int(last) + 1, self.path.parent / source.file_name)
-            with _open(part.path) as shard:
-                _version(part.path, shard)
-                _dataset(part.path, shard, "tokens", self.dtype, part.stop - part.start)
-            parts.append(part)
-        covered = parts[-1].stop if parts else 0
-        if covered != self.num_tokens:
-            raise CorpusError(f"{self.path}: shards hold {covered} tokens of {self.num_tokens}")
+        names = self._read_column("shard_names", np.bytes_)
+        starts = self._read_offsets("shard_starts", self.num_tokens, len(names))
+        parts = []
+        for name, (start, stop) in zip(map(os.fsdecode, names), pairwise(starts.tolist()), strict=True):
+            if Path(name).name != name:
+                raise CorpusError(f"{self.path}: shard {name!r} is not the name of a file in the same folder")
+            parts.append(_Part(start, stop, self.path.parent / name))
         return parts
 
+    def _check_parts(self) -> np.dtype[Any]:
+        """Return the one type of all tokens; HDF5 itself shows zeros in place of a missing or short shard."""
+        types = set()
+        for part in self._parts:
+            with _open(part.path) as file, corpus_errors(f"cannot read {part.path}", HDF5_ERRORS):
+                _version(part.path, file)
+                types.add(_dataset(part.path, file, "tokens", np.unsignedinteger, part.stop - part.start).dtype)
+        if len(types) != 1:
+            raise CorpusError(f"{self.path}: tokens must have one type, have {len(types)}")
+        return types.pop()
+
     def _load_tokenizer(self) -> Tokenizer:
-        name = str(self._file.attrs["tokenizer"])
-        json = self._column("tokenizer_json", np.uint8)
-        if name == BYTES:
-            return BytesTokenizer()
-        return JsonTokenizer(name, self.vocab_size, json[()].tobytes().decode(errors="replace"))
+        name = _text(self._file, "tokenizer")
+        json = self._read_column("tokenizer_json", np.uint8).tobytes().decode(errors="replace")
+        tokenizer = JsonTokenizer(name, self.vocab_size, json) if json else BytesTokenizer()
+        if (tokenizer.name, tokenizer.vocab_size) != (name, self.vocab_size):
+            raise CorpusError(f"{self.path}: tokenizer {name} of {self.vocab_size} tokens has no tokenizer_json")
+        return tokenizer
 
     def _count(self, name: str, limit: int) -> int:
-        value = int(self._file.attrs[name])
+        value = _integer(self.path, self._file, name)
         if not 0 < value <= limit:
             raise CorpusError(f"{self.path}: {name} is {value}, must be 1 to {limit}")
         return value
 
-    def _column(self, name: str, dtype: Any, size: int | None = None) -> h5py.Dataset:
-        return _dataset(self.path, self._file, name, dtype, size)
+    def _column(self, name: str, kind: type[np.generic], size: int | None = None) -> h5py.Dataset:
+        return _dataset(self.path, self._file, name, kind, size)
 
-    def _read_column(self, name: str, dtype: Any, size: int | None = None) -> NDArray[Any]:
-        values: NDArray[Any] = self._column(name, dtype, size)[()]
+    def _read_column(self, name: str, kind: type[np.generic], size: int | None = None) -> NDArray[Any]:
+        values: NDArray[Any] = self._column(name, kind, size)[()]
         return values
 
     def _read_offsets(self, name: str, total: int, count: int) -> NDArray[np.int64]:
@@ -280,24 +293,36 @@ def _open(path: Path) -> h5py.File:
 
 
 def _version(path: Path, file: h5py.File) -> int:
-    if file.attrs.get("format") != FORMAT:
-        raise CorpusError(f"{path} is an HDF5 file but not a corpus: its format is {file.attrs.get('format')!r}")
-    version = int(file.attrs.get("format_version", 0))
+    if "format" not in file.attrs or _text(file, "format") != FORMAT:
+        raise CorpusError(f"{path} is an HDF5 file but not a corpus: it has no attribute format = {FORMAT!r}")
+    version = _integer(path, file, "format_version")
     if version != FORMAT_VERSION:
         raise CorpusError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
     return version
 
 
-def _dataset(path: Path, file: h5py.File, name: str, dtype: Any, size: int | None) -> h5py.Dataset:
+def _text(file: h5py.File, attribute: str) -> str:
+    value = file.attrs[attribute]
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _integer(path: Path, file: h5py.File, attribute: str) -> int:
+    value = file.attrs.get(attribute)
+    if not isinstance(value, np.integer):
+        raise CorpusError(f"{path}: attribute {attribute} must be an integer, is {value!r}")
+    return int(value)
+
+
+def _dataset(path: Path, file: h5py.File, name: str, kind: type[np.generic], size: int | None) -> h5py.Dataset:
     """Return a dataset whose stated length is backed by stored bytes, so that it is safe to allocate."""
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1:
         raise CorpusError(f"{path}: dataset {name} is missing")
-    if dataset.dtype.kind not in "iu" or (dtype is not None and dataset.dtype != dtype):
-        raise CorpusError(f"{path}: dataset {name} has type {dataset.dtype}, not {np.dtype(dtype or 'uint8')}")
+    if not np.issubdtype(dataset.dtype, kind):
+        raise CorpusError(f"{path}: dataset {name} has type {dataset.dtype}, not {kind.__name__}")
     if size is not None and dataset.size != size:
         raise CorpusError(f"{path}: dataset {name} has {dataset.size} values, must have {size}")
     stored = dataset.id.get_storage_size()
-    if not dataset.is_virtual and not dataset.nbytes <= stored <= path.stat().st_size:
+    if not dataset.nbytes <= stored <= path.stat().st_size:
         raise CorpusError(f"{path}: dataset {name} states {dataset.nbytes} bytes, but {stored} are stored")
     return dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +28,8 @@ _COLUMNS = {
     "document_offsets": np.int64,
 }
 _COLUMN_CHUNK = 1 << 13
-_HDF5_VERSIONS = ("v110", "v110")  # the first with virtual datasets; its metadata carry checksums
+_HDF5_VERSIONS = ("v110", "v110")  # the first with virtual datasets; its metadata carry checksums, but not its heap
+# of variable-length strings, over which a damaged file can make HDF5 loop without end: strings here have fixed length
 
 
 @dataclass(frozen=True)
@@ -119,26 +121,28 @@ def join_shards(path: Path, shards: Sequence[Shard], partial: Sequence[Path], to
     tokenizer : Tokenizer
         What made the tokens.
     """
-    num_tokens = sum(shard.num_tokens for shard in shards)
+    starts = [0, *accumulate(shard.num_tokens for shard in shards)]
+    num_tokens = starts[-1]
+    stored = [(shard.name, start) for shard, start in zip(shards, starts, strict=False) if shard.num_tokens]
+    layout = h5py.VirtualLayout(shape=(num_tokens,), dtype=tokenizer.dtype)
     with _create(path) as file:
         _write_tokenizer(file, tokenizer)
-        layout = h5py.VirtualLayout(shape=(num_tokens,), dtype=tokenizer.dtype)
         columns = _create_columns(file)
-        start = 0
-        for shard, source_path in zip(shards, partial, strict=True):
-            stop = start + shard.num_tokens
-            if start < stop:
-                layout[start:stop] = h5py.VirtualSource(shard.name, "tokens", shape=(shard.num_tokens,))
-            with h5py.File(source_path, "r", locking=False) as source:
+        for shard, source_path, start in zip(shards, partial, starts, strict=False):
+            if shard.num_tokens:
+                source = h5py.VirtualSource(shard.name, "tokens", shape=(shard.num_tokens,))
+                layout[start : start + shard.num_tokens] = source
+            with h5py.File(source_path, "r", locking=False) as written:
                 name_start = columns["document_names"].size
-                columns["chunk_checksums"].extend(source["chunk_checksums"][()])
-                columns["chunk_starts"].extend(source["chunk_starts"][:-1] + start)
-                columns["document_name_offsets"].extend(source["document_name_offsets"][:-1] + name_start)
-                columns["document_offsets"].extend(source["document_offsets"][:-1] + start)
-                columns["document_names"].extend(source["document_names"][()])
-            start = stop
+                columns["chunk_checksums"].extend(written["chunk_checksums"][()])
+                columns["chunk_starts"].extend(written["chunk_starts"][:-1] + start)
+                columns["document_name_offsets"].extend(written["document_name_offsets"][:-1] + name_start)
+                columns["document_offsets"].extend(written["document_offsets"][:-1] + start)
+                columns["document_names"].extend(written["document_names"][()])
         _close_columns(columns, num_tokens)
         file.create_virtual_dataset("tokens", layout)
+        file["shard_names"] = np.array([os.fsencode(name) for name, _ in stored])
+        file["shard_starts"] = np.array([*(start for _, start in stored), num_tokens], dtype=np.int64)
         _finish(path, file, num_tokens, sum(shard.num_bytes for shard in shards))
 
 
@@ -197,7 +201,7 @@ def _create(path: Path) -> h5py.File:
 
 
 def _write_tokenizer(file: h5py.File, tokenizer: Tokenizer) -> None:
-    file.attrs["tokenizer"] = tokenizer.name
+    file.attrs["tokenizer"] = np.bytes_(tokenizer.name.encode())
     file.attrs["vocab_size"] = tokenizer.vocab_size
     file["tokenizer_json"] = np.frombuffer(tokenizer.json.encode(), dtype=np.uint8)
 
@@ -206,7 +210,7 @@ def _finish(path: Path, file: h5py.File, num_tokens: int, num_bytes: int) -> Non
     file.attrs["num_tokens"] = num_tokens
     file.attrs["num_bytes"] = num_bytes
     file.attrs["format_version"] = FORMAT_VERSION
-    file.attrs["format"] = FORMAT
+    file.attrs["format"] = np.bytes_(FORMAT)
     file.close()
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())  # quotas and network file systems report a full disk only here

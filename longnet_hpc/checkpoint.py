@@ -1,0 +1,155 @@
+"""Checkpoints: one safetensors file with weights, optimizer state and everything needed to go on, written atomically.
+
+The state is the same on all ranks, so rank 0 writes it and any number of ranks can read it. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from longnet_hpc.config import LongNetConfig
+from longnet_hpc.config_file import from_table
+from longnet_hpc.errors import CheckpointError, ConfigError
+from longnet_hpc.files import replace_file
+
+__all__ = ["Checkpoint", "find_checkpoint", "load_checkpoint", "remove_old", "save_checkpoint"]
+
+FORMAT = "longnet_hpc checkpoint"
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+"""Folder of the checkpoints within the folder of a run."""
+
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a training after some steps."""
+
+    step: int
+    """Steps done."""
+    batch_index: int
+    """Batches that the reader has delivered; where it goes on."""
+    seq_len: int
+    """Length of the sequences it was trained on, in tokens."""
+    model: Mapping[str, Any]
+    """Config of the model, as `longnet_hpc.config_file.to_table` gives it."""
+    tensors: Mapping[str, torch.Tensor]
+    """Weights and optimizer state by name, on the CPU; see `longnet_hpc.optimizer`."""
+
+    @property
+    def model_config(self) -> LongNetConfig:
+        """Config of the model.
+
+        Raises
+        ------
+        CheckpointError
+            If this version knows no such model.
+        """
+        try:
+            return from_table(self.model, LongNetConfig(), "model.")
+        except ConfigError as error:
+            raise CheckpointError(f"checkpoint of step {self.step} has a model that cannot be: {error}") from error
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint into the folder of a run; on one rank only.
+
+    It is written beside its place, flushed to the disk, and renamed, so that a file with its final name is whole.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; nothing with its final name then appears.
+    """
+    path = folder / FOLDER / f"step-{checkpoint.step:08d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    about = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": checkpoint.step,
+        "batch_index": checkpoint.batch_index,
+        "seq_len": checkpoint.seq_len,
+        "model": dict(checkpoint.model),
+        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+    }
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(tensors, partial, {"longnet_hpc": json.dumps(about)})
+        except SafetensorError as error:  # its way of passing on a full disk
+            raise OSError(f"cannot write checkpoint {path}: {error}") from error
+
+    replace_file(path, write)
+    return path
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return a checkpoint file: the path itself, or the latest in the folder of a run.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    if path.is_file():
+        return path
+    found = _checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run that has one")
+    return found[-1]
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and verify its checksums. Each rank reads for itself.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, or no checkpoint of this version.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("longnet_hpc", "{}"))
+            if about.get("format") != FORMAT or about.get("format_version") != FORMAT_VERSION:
+                raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {_first_line(error)}") from error
+    if about["checksums"].keys() != tensors.keys():
+        raise CheckpointError(f"checkpoint {path} is damaged: tensors are missing")
+    for name, tensor in tensors.items():
+        if _checksum(tensor) != about["checksums"][name]:
+            raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {name} does not fit")
+    return Checkpoint(about["step"], about["batch_index"], about["seq_len"], about["model"], tensors)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the latest ``keep`` checkpoints of a run; on one rank only."""
+    for path in _checkpoints(folder)[:-keep]:
+        path.unlink()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the earliest first."""
+    found = [path for path in (folder / FOLDER).glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,89 @@
+"""Where and in what numbers a model computes: settled and checked before anything is written."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import AbstractContextManager
+
+import torch
+
+from longnet_hpc.attention import choose_backend
+from longnet_hpc.comm.launch import Launch
+from longnet_hpc.config import ComputeConfig, LongNetConfig
+from longnet_hpc.errors import CorpusError
+from longnet_hpc.parallel import SequencePlan
+from longnet_hpc.partition import Partition
+from longnet_hpc.positions import POSITIONS
+
+__all__ = ["Compute"]
+
+
+class Compute:
+    """The device, number format and slices of this rank.
+
+    Parameters
+    ----------
+    config : ComputeConfig
+        What was asked for.
+    launch : Launch
+        This rank.
+    model : LongNetConfig
+        The model that will compute.
+    seq_len : int
+        Length of its sequences over all ranks, in tokens.
+
+    Attributes
+    ----------
+    device : torch.device
+        This rank's device.
+    dtype : torch.dtype
+        Dtype of matrix products.
+    partition : Partition
+        The slices of all ranks, even.
+    slice_of : range
+        This rank's slice, in tokens.
+
+    Raises
+    ------
+    PartitionError
+        If there are more ranks than tokens.
+    BackendError
+        If the attention backend that was asked for cannot do it.
+    ConfigError
+        If the positions of the model do not reach this far.
+    """
+
+    def __init__(self, config: ComputeConfig, launch: Launch, model: LongNetConfig, seq_len: int) -> None:
+        self._launch, self._model, self._backend = launch, model, config.backend
+        self.device = launch.device
+        wants_half = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
+        self.dtype = torch.bfloat16 if wants_half else torch.float32
+        self.partition = Partition.even(seq_len, launch.size)
+        self.slice_of = self.partition.slice_of(launch.rank)
+        choose_backend(config.backend, self.device, self.dtype, model.head_dim)
+        # No positions at all: only the length of the sequence is judged.
+        POSITIONS[model.positions](0, 0, seq_len, model.head_dim, model.rotary_base, self.dtype, self.device)
+
+    def check_vocabulary(self, corpus_vocab_size: int) -> None:
+        """Raise CorpusError if a corpus may have tokens that the model does not know."""
+        if corpus_vocab_size > self._model.vocab_size:
+            raise CorpusError(
+                f"corpus has {corpus_vocab_size} token values, outside the vocabulary of the model "
+                f"(vocab_size {self._model.vocab_size})"
+            )
+
+    def plan(self) -> SequencePlan:
+        """Agree on the slices with the other ranks. Collective."""
+        return SequencePlan.build(
+            self._model.pattern, len(self.slice_of), comm=self._launch.comm, backend=self._backend
+        )
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Compute products in `dtype`; weights and sums stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory this rank has held so far: of its GPU by tensors, or of the process, in bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,172 @@
+"""Cross-entropy in pieces of tokens, so that the logits of a whole slice never exist at once.
+
+Loss and gradient of a piece are made together while its logits exist, so backward recomputes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+__all__ = ["cross_entropy", "token_losses"]
+
+IGNORE_INDEX = -100
+"""Target that does not count, as in torch.nn.functional.cross_entropy."""
+PIECE_LOGITS = 1 << 25
+"""Logits that exist at once by default."""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    piece_tokens: int | None = None,
+) -> torch.Tensor:
+    """Sum the negative log-likelihood of the targets under ``softmax(hidden @ weight.T)``.
+
+    Products take operands in the dtype of ``hidden``, or of autocast where that is on, and give float32 at least; the
+    softmax, the sums and the gradient of ``weight`` are in float32 at least.
+
+    Parameters
+    ----------
+    hidden : torch.Tensor
+        ``(..., embed_dim)``, any floating dtype.
+    weight : torch.Tensor
+        ``(vocab_size, embed_dim)``.
+    targets : torch.Tensor
+        Integers of shape ``hidden.shape[:-1]``, each ``ignore_index`` or in ``[0, vocab_size)``.
+    ignore_index : int
+        Target that adds nothing.
+    piece_tokens : int, optional
+        Tokens whose logits exist at once; about 2**25 logits (128 MiB) by default.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar in nats, float64. Differentiable once in ``hidden`` and ``weight``.
+    """
+    loss: torch.Tensor = _SummedCrossEntropy.apply(
+        hidden,
+        weight,
+        targets,
+        ignore_index,
+        _piece(piece_tokens, weight),
+        _operand_dtype(hidden),
+        _grad(hidden, weight),
+    )
+    return loss
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    piece_tokens: int | None = None,
+) -> torch.Tensor:
+    """Return the negative log-likelihood of each target, in nats, shaped as ``targets``; 0 where ignored.
+
+    The dtype is float32, or float64 for float64.
+
+    Parameters are those of `cross_entropy`. Not differentiable.
+    """
+    pieces = _pieces(hidden, weight, targets, ignore_index, _piece(piece_tokens, weight), _operand_dtype(hidden))
+    return torch.cat([piece.losses for piece in pieces]).view(targets.shape)
+
+
+class _Piece:
+    """Some tokens: their log-probabilities, and their losses."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> None:
+        self.hidden = hidden
+        self.ignored = targets == ignore_index
+        self.targets = targets.masked_fill(self.ignored, 0).long().unsqueeze(1)
+        logits = _product(hidden, weight.T)
+        self.log_probabilities = logits.sub_(logits.logsumexp(-1, keepdim=True))
+        self.losses = -self.log_probabilities.gather(1, self.targets).squeeze(1).masked_fill_(self.ignored, 0.0)
+
+    def logits_gradient(self) -> torch.Tensor:
+        """Return the gradient of the summed loss with respect to the logits; overwrites the log-probabilities."""
+        grad = self.log_probabilities.exp_()
+        grad.scatter_add_(1, self.targets, grad.new_full((), -1.0).expand_as(self.targets))
+        return grad.masked_fill_(self.ignored.unsqueeze(1), 0.0)
+
+
+def _pieces(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    piece_tokens: int,
+    dtype: torch.dtype,
+) -> Iterator[_Piece]:
+    weight = weight.to(dtype)
+    rows = hidden.reshape(-1, hidden.shape[-1]).split(piece_tokens)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for piece, piece_targets in zip(rows, targets.reshape(-1).split(piece_tokens), strict=True):
+            yield _Piece(piece.to(dtype), weight, piece_targets, ignore_index)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        ignore_index: int,
+        piece_tokens: int,
+        dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        hidden_grads = []
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
+        weight_operand = weight.to(dtype)
+        for piece in _pieces(hidden, weight_operand, targets, ignore_index, piece_tokens, dtype):
+            total += piece.losses.sum(dtype=torch.float64)
+            if weight_grad is not None:
+                grad = piece.logits_gradient().to(dtype)
+                hidden_grads.append(_product(grad, weight_operand).to(hidden.dtype))
+                weight_grad += _product(grad.T, piece.hidden)
+        if weight_grad is not None:
+            ctx.save_for_backward(torch.cat(hidden_grads).view(hidden.shape), weight_grad.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grads[0], weight_grad * grads[0], None, None, None, None, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply two matrices of one dtype; half precision gives float32 without a rounding in between."""
+    if a.dtype not in _HALF:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _operand_dtype(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
+
+
+def _grad(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _piece(piece_tokens: int | None, weight: torch.Tensor) -> int:
+    return max(1, PIECE_LOGITS // weight.shape[0] if piece_tokens is None else piece_tokens)

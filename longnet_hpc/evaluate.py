@@ -1,0 +1,176 @@
+"""Evaluation: loss, perplexity and bits per byte of a corpus, and the loss by how much context was available."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longnet_hpc.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from longnet_hpc.comm import agreed, all_reduce_sum
+from longnet_hpc.comm.launch import Launch
+from longnet_hpc.compute import Compute
+from longnet_hpc.config import EvalConfig
+from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
+from longnet_hpc.data import Corpus, SequenceReader
+from longnet_hpc.files import replace_file
+from longnet_hpc.model import LongNet
+from longnet_hpc.optimizer import load_weights
+from longnet_hpc.progress import steps_bar
+from longnet_hpc.record import append_record, make_record, where
+from longnet_hpc.train import RECORD_NAME
+
+__all__ = ["RESULT_NAME", "evaluate"]
+
+RESULT_NAME, PICTURE_NAME = "result.json", "loss_by_context.png"
+"""Files in the folder of an evaluation."""
+
+
+def evaluate(
+    config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_path: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Evaluate a checkpoint on a corpus. Collective.
+
+    Parameters
+    ----------
+    config : EvalConfig
+        How much of the corpus, in which sequences.
+    launch : Launch
+        This rank.
+    checkpoint_path : Path
+        Checkpoint file, or the folder of a run for its latest one.
+    corpus_path : Path
+        Corpus file; sequences are taken in its order.
+
+    Returns
+    -------
+    tuple of Path and dict
+        The folder with the results, and the results, the same on all ranks: ``loss`` (nats a token), ``perplexity``,
+        ``bits_per_token``, ``bits_per_byte``, ``tokens``, ``seconds``, and ``loss_by_context``: for bins of 1, 2-3,
+        4-7, ... tokens of context, the target's predecessor included, how many tokens and their mean loss.
+
+    Raises
+    ------
+    LongNetError or OSError
+        If checkpoint, corpus, config and ranks do not fit together, or the results cannot be written; the same on all
+        ranks.
+    """
+    comm = launch.comm
+    corpus: Corpus | None = None
+    reader: SequenceReader | None = None
+    try:
+        with agreed(comm):
+            path = find_checkpoint(checkpoint_path)
+            checkpoint = load_checkpoint(path)
+            seq_len = config.seq_len or checkpoint.seq_len
+            compute = Compute(config, launch, checkpoint.model_config, seq_len)
+            corpus = Corpus(corpus_path)
+            compute.check_vocabulary(corpus.vocab_size)
+            reader = SequenceReader(
+                corpus,
+                seq_len=seq_len,
+                batch_size=config.batch_size,
+                slice_of=compute.slice_of,
+                seed=0,
+                shuffle=False,
+            )
+            model = LongNet(checkpoint.model_config)
+            load_weights(model, checkpoint.tensors)
+        batches = min(reader.batches_per_epoch, config.max_batches or reader.batches_per_epoch)
+        begin = time.perf_counter()
+        sums, counts = _sum_by_context(model.to(compute.device).eval(), reader, batches, compute, launch)
+        seconds = time.perf_counter() - begin
+        results = _results(sums, counts, seq_len, corpus.num_tokens / corpus.num_bytes)
+    finally:
+        if reader is not None:
+            reader.close()
+        if corpus is not None:
+            corpus.close()
+    results |= {
+        "seq_len": seq_len,
+        "seconds": seconds,
+        "tokens_per_second": results["tokens"] / seconds,
+        "corpus": str(corpus_path),
+        "checkpoint": str(path),
+        "step": checkpoint.step,
+    }
+    folder = config.output or path.parent.parent / f"eval-{corpus_path.stem}"
+    with agreed(comm):
+        if launch.rank == 0:
+            _write(folder, config, launch, checkpoint, results)
+    return folder, results
+
+
+def _sum_by_context(
+    model: LongNet, reader: SequenceReader, batches: int, compute: Compute, launch: Launch
+) -> tuple[list[float], list[int]]:
+    """Return summed losses (nats) and numbers of tokens over all ranks, by the binary logarithm of the context."""
+    plan = compute.plan()
+    contexts = torch.arange(compute.slice_of.start + 1, compute.slice_of.stop + 1, device=compute.device)
+    bins = torch.frexp(contexts.double()).exponent.long() - 1  # exact, unlike a logarithm
+    totals = torch.zeros((2, plan.seq_len.bit_length()), dtype=torch.float64, device=compute.device)
+    done = 0
+    with steps_bar(launch.rank, "eval", batches) as update:
+        for _ in range(batches):
+            with agreed(launch.comm):
+                inputs, targets = (part.to(compute.device) for part in next(reader))
+            with compute.autocast():
+                losses = model.token_losses(inputs, targets, plan)
+            totals[0].index_add_(0, bins, losses.double().sum(0))
+            totals[1] += inputs.shape[0] * torch.bincount(bins, minlength=totals.shape[1])
+            done += inputs.shape[0] * plan.seq_len
+            update(f"{done:,} tokens")
+    sums, counts = all_reduce_sum(launch.comm, totals).tolist()
+    return sums, [int(count) for count in counts]
+
+
+def _results(sums: list[float], counts: list[int], seq_len: int, tokens_per_byte: float) -> dict[str, Any]:
+    tokens = sum(counts)
+    loss = math.fsum(sums) / tokens
+    bits = loss / math.log(2)
+    return {
+        "loss": loss,
+        "perplexity": float(np.exp(np.float64(loss))),
+        "bits_per_token": bits,
+        # By the whole corpus's tokens a byte: exact for bytes, and up to its last, unfilled sequence for others.
+        "bits_per_byte": bits * tokens_per_byte,
+        "tokens": tokens,
+        "loss_by_context": [
+            {
+                "first_context": 2**exponent,
+                "last_context": min(2 ** (exponent + 1) - 1, seq_len),
+                "tokens": count,
+                "loss": total / count,
+            }
+            for exponent, (total, count) in enumerate(zip(sums, counts, strict=True))
+            if count
+        ],
+    }
+
+
+def _write(folder: Path, config: EvalConfig, launch: Launch, checkpoint: Checkpoint, results: dict[str, Any]) -> None:
+    from longnet_hpc.picture import draw_context_curve
+
+    folder.mkdir(parents=True, exist_ok=True)
+    heading = "Resolved config of this evaluation; python -m longnet_hpc.run eval --config reads it."
+    replace_file(folder / CONFIG_NAME, lambda partial: write_toml(partial, config, heading))
+    replace_file(folder / RESULT_NAME, lambda partial: partial.write_text(json.dumps(results, indent=2) + "\n"))
+    figures = {"loss_nats_per_token" if key == "loss" else key: value for key, value in results.items()}
+    record = make_record(
+        "eval",
+        config=to_table(config) | {"model": dict(checkpoint.model)},
+        place=where(launch),
+        results=figures,
+        check=(
+            "every bin of context has a finite loss",
+            all(math.isfinite(b["loss"]) for b in results["loss_by_context"]),
+        ),
+    )
+    append_record(folder / RECORD_NAME, record)
+    title = f"Step {checkpoint.step:,}: {results['bits_per_byte']:.3f} bits a byte of {results['tokens']:,} tokens"
+    draw_context_curve(results["loss_by_context"], title, folder / PICTURE_NAME)

@@ -1,0 +1,174 @@
+"""LongNet, the decoder of the paper: MAGNETO blocks around dilated attention. Knows a plan, but no ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from longnet_hpc.config import LongNetConfig
+from longnet_hpc.cross_entropy import cross_entropy, token_losses
+from longnet_hpc.dropout import position_dropout
+from longnet_hpc.errors import ShapeError
+from longnet_hpc.parallel import SequencePlan
+from longnet_hpc.positions import POSITIONS, Rotation
+
+__all__ = ["Block", "LongNet"]
+
+
+class Block(nn.Module):
+    """One decoder block with sub-LayerNorm (MAGNETO, Wang et al. 2022, Section 2).
+
+    Parameters
+    ----------
+    config : LongNetConfig
+        Sizes.
+    index : int
+        Which block, for the sites of dropout.
+    """
+
+    def __init__(self, config: LongNetConfig, index: int) -> None:
+        super().__init__()
+        width, kv_width = config.embed_dim, config.head_dim * (config.kv_heads or config.heads)
+        inner = width * config.ffn_ratio
+        self.config = config
+        self.index = index
+        self.attention_norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, kv_width)
+        self.v_proj = nn.Linear(width, kv_width)
+        self.inner_attention_norm = nn.LayerNorm(width)
+        self.out_proj = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, inner)
+        self.inner_ffn_norm = nn.LayerNorm(inner)
+        self.fc2 = nn.Linear(inner, width)
+        # MAGNETO, Table 2, decoder-only: gain sqrt(ln 2M) for all but queries and keys.
+        gain = math.sqrt(math.log(2 * config.layers))
+        for projection in (self.q_proj, self.k_proj):
+            nn.init.xavier_normal_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        for projection in (self.v_proj, self.out_proj, self.fc1, self.fc2):
+            nn.init.xavier_normal_(projection.weight, gain=gain)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, x: torch.Tensor, plan: SequencePlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
+        """Map ``(batch, local_len, embed_dim)`` to the same shape. Collective over the ranks of the plan."""
+        normed = self.attention_norm(x)
+        heads = (-1, self.config.head_dim)
+        q, k, v = (projection(normed).unflatten(-1, heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotation.apply(q, k)
+        mixed = plan.attention(q, k, v, causal=True).flatten(2)
+        x = x + self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
+        inner = self.inner_ffn_norm(F.gelu(self.fc1(self.ffn_norm(x))))
+        return x + self._drop(self.fc2(inner), plan, dropout_seed, 1)
+
+    def _drop(self, x: torch.Tensor, plan: SequencePlan, seed: int, place: int) -> torch.Tensor:
+        probability = self.config.dropout if self.training else 0.0
+        return position_dropout(x, probability, seed=seed, site=2 * self.index + place + 1, start=plan.start)
+
+
+class LongNet(nn.Module):
+    """A causal language model with dilated attention (LongNet, Section 4).
+
+    Parameters
+    ----------
+    config : LongNetConfig
+        Sizes, pattern, positions.
+
+    Attributes
+    ----------
+    activation_checkpointing : bool
+        Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        if config.tie_head:
+            self.head.weight = self.embedding.weight
+        else:
+            nn.init.normal_(self.head.weight, std=config.embed_dim**-0.5)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def hidden(self, tokens: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
+        """Return the last hidden states, ``(batch, local_len, embed_dim)``. Collective over the ranks of the plan.
+
+        Parameters
+        ----------
+        tokens : torch.Tensor
+            This rank's slice, ``(batch, local_len)``, an integer dtype.
+        plan : SequencePlan, optional
+            Who owns which tokens; by default one process owns them all.
+        dropout_seed : int
+            Chooses the dropout masks while training; change it every step.
+
+        Raises
+        ------
+        ShapeError
+            If the tokens are not two-dimensional integers within the vocabulary.
+        ConfigError
+            If xPos cannot reach this far.
+        """
+        config = self.config
+        if tokens.dim() != 2 or tokens.dtype.is_floating_point:
+            raise ShapeError(f"tokens must be integers (batch, seq), got {tokens.dtype} {tuple(tokens.shape)}")
+        if tokens.numel():
+            low, high = (int(extreme) for extreme in torch.aminmax(tokens))
+            if low < 0 or high >= config.vocab_size:
+                outside = low if low < 0 else high
+                raise ShapeError(f"token {outside} is outside the vocabulary of {config.vocab_size}")
+        if plan is None:
+            plan = SequencePlan.build(config.pattern, tokens.shape[1])
+        x = self.embedding(tokens) * math.sqrt(config.embed_dim)
+        if torch.is_autocast_enabled(tokens.device.type):
+            computed_in = torch.get_autocast_dtype(tokens.device.type)
+        else:
+            computed_in = x.dtype
+        rotation = POSITIONS[config.positions](
+            plan.start, plan.local_len, plan.seq_len, config.head_dim, config.rotary_base, computed_in, tokens.device
+        )
+        x = position_dropout(x, config.dropout if self.training else 0.0, seed=dropout_seed, site=0, start=plan.start)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, plan, rotation, dropout_seed, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, plan, rotation, dropout_seed)
+        normed: torch.Tensor = self.norm(x)
+        return normed
+
+    def forward(self, tokens: torch.Tensor, plan: SequencePlan | None = None) -> torch.Tensor:
+        """Return logits ``(batch, local_len, vocab_size)``; arguments as in `hidden`."""
+        logits: torch.Tensor = self.head(self.hidden(tokens, plan))
+        return logits
+
+    def loss(
+        self, tokens: torch.Tensor, targets: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0
+    ) -> torch.Tensor:
+        """Return the summed negative log-likelihood of this rank's targets in nats; arguments as in `hidden`.
+
+        ``targets`` is shaped as ``tokens``; -100 is left out.
+        """
+        hidden = self.hidden(tokens, plan, dropout_seed=dropout_seed)
+        return cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+
+    @torch.no_grad()
+    def token_losses(
+        self, tokens: torch.Tensor, targets: torch.Tensor, plan: SequencePlan | None = None
+    ) -> torch.Tensor:
+        """Return the negative log-likelihood of each target in nats, ``(batch, local_len)``; arguments as in `loss`."""
+        hidden = self.hidden(tokens, plan)
+        return token_losses(hidden.flatten(0, 1), self.head.weight, targets.flatten()).view(targets.shape)

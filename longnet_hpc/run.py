@@ -1,0 +1,171 @@
+"""The command line: ``python -m longnet_hpc.run COMMAND``, alone, under mpirun, or under srun.
+
+Parsing needs neither torch nor MPI, so the help comes at once; the rooms are entered only when there is work.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from longnet_hpc.command_line import parse
+from longnet_hpc.config import EvalConfig, PrepareConfig, TrainConfig
+from longnet_hpc.errors import ConfigError, LongNetError
+from longnet_hpc.launcher import environment_rank, environment_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longnet_hpc.comm.launch import Launch
+    from longnet_hpc.comm.meeting import Meeting
+    from longnet_hpc.train import TrainResult
+
+__all__ = ["main"]
+
+_MEETING_SECONDS = 5.0
+"""How long a rank with an error waits for the others to have it too."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    words : sequence of str, optional
+        The command line without the program; that of this process by default.
+
+    Returns
+    -------
+    int
+        Exit code: 0, or 2 after an error that the user can mend, which is told in one line on rank 0. Any other
+        exception passes through; on several ranks it then ends all of them.
+    """
+    mistake: LongNetError | None = None
+    command, config = "", None
+    try:
+        command, config = parse(sys.argv[1:] if words is None else words, console=environment_rank() == 0)
+    except LongNetError as error:
+        mistake = error
+        if environment_size() == 1:
+            return _tell(error)
+
+    from longnet_hpc.comm import agree
+    from longnet_hpc.comm.launch import start
+    from longnet_hpc.comm.meeting import Meeting
+    from longnet_hpc.errors import LaunchError
+
+    try:
+        if isinstance(config, (TrainConfig, EvalConfig)):
+            launch = start(device=config.device, transport=config.transport)
+        else:
+            launch = start(device="cpu")
+    except LaunchError as error:
+        if environment_rank() == 0:
+            return _tell(error)
+        time.sleep(2)  # some launchers end all ranks at the first exit code but 0, and rank 0 has a line to say
+        return 2
+    meeting = Meeting(launch.comm)
+    _log_on(launch)
+    try:
+        agree(launch.comm, mistake)
+        _COMMANDS[command](config, launch)
+    except (LongNetError, OSError) as error:
+        return _end_together(error, launch, meeting)
+    return 0
+
+
+def _tell(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _end_together(error: Exception, launch: Launch, meeting: Meeting) -> int:
+    """End with one line if all ranks have an error; one rank's own, not agreed on, is a defect and ends the job."""
+    if launch.rank == 0:
+        _tell(error)
+    if not meeting.all_arrive(_MEETING_SECONDS):
+        raise error
+    return 2
+
+
+def _log_on(launch: Launch) -> None:
+    """Let rank 0 say what happens, a line an event, and the others only what is wrong."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("longnet_hpc").setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
+
+
+def _prepare(config: PrepareConfig, launch: Launch) -> None:
+    from longnet_hpc.corpora import prepare_corpus
+    from longnet_hpc.data import Corpus
+
+    path = prepare_corpus(config, launch)
+    if launch.rank == 0:
+        with Corpus(path) as corpus:
+            print(f"{path}: {corpus.num_tokens:,} tokens of {corpus.num_documents:,} documents")
+
+
+def _train(config: TrainConfig, launch: Launch) -> TrainResult:
+    from longnet_hpc.corpora import embedded_corpus
+    from longnet_hpc.train import RUNS, train
+
+    corpus = config.corpus or embedded_corpus(launch, "train", RUNS / "corpus")
+    result = train(config, launch, corpus)
+    if launch.rank == 0:
+        _say(
+            ("trained", f"{result.parameter_count:,} parameters on {launch.size} ranks, {result.steps:,} steps"),
+            ("loss", f"{result.loss:.4f} nats a token at the end"),
+            ("speed", f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s in all"),
+            ("results", f"{result.folder}{os.sep}: loss.png, metrics.jsonl, record.jsonl, checkpoints, config.toml"),
+        )
+    return result
+
+
+def _eval(config: EvalConfig, launch: Launch) -> None:
+    if config.checkpoint is None:
+        raise ConfigError("eval needs --checkpoint: a checkpoint file or the folder of a run")
+    _evaluate(config, launch, config.checkpoint)
+
+
+def _evaluate(config: EvalConfig, launch: Launch, checkpoint: Path) -> None:
+    from longnet_hpc.corpora import embedded_corpus
+    from longnet_hpc.evaluate import evaluate
+    from longnet_hpc.train import RUNS
+
+    corpus = config.corpus or embedded_corpus(launch, "valid", RUNS / "corpus")
+    folder, results = evaluate(config, launch, checkpoint, corpus)
+    if launch.rank == 0:
+        print(json.dumps({key: value for key, value in results.items() if key != "loss_by_context"}))
+        _say(
+            ("evaluated", f"{results['tokens']:,} tokens of {corpus}"),
+            ("loss", f"{results['loss']:.4f} nats a token, perplexity {results['perplexity']:.3f}"),
+            ("bits a byte", f"{results['bits_per_byte']:.4f}"),
+            ("results", f"{folder}{os.sep}: loss_by_context.png, result.json, config.toml"),
+        )
+
+
+def _main_job(config: TrainConfig, launch: Launch) -> None:
+    """Train, then evaluate on what the training left out."""
+    result = _train(config, launch)
+    compute = {name: getattr(config, name) for name in ("device", "dtype", "backend", "transport")}
+    evaluation = EvalConfig(checkpoint=result.folder, corpus=config.corpus, max_batches=40, **compute)
+    _evaluate(evaluation, launch, result.folder)
+
+
+def _say(*lines: tuple[str, str]) -> None:
+    print("\n".join(f"{name:>12}  {text}" for name, text in lines), flush=True)
+
+
+_COMMANDS: dict[str, Callable[[Any, Launch], object]] = {
+    "main": _main_job,
+    "prepare": _prepare,
+    "train": _train,
+    "eval": _eval,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Run this Python on several ranks, as a child of a test that has none: with the mpirun beside it, on either MPI."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+# With any of these left, a child believes to be part of the job that the tests run in.
+_LAUNCHERS = ("PMI", "PMIX", "PRTE", "OMPI", "HYDRA", "HYDI", "MPIR", "MPI_LOCAL", "PALS", "SLURM")
+
+# Open MPI refuses to run as root, or with more ranks than cores, unless told that this is meant. MPICH does not look.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+MODEL = (
+    *("--model.layers", "2", "--model.embed-dim", "32", "--model.heads", "4"),
+    *("--model.segment-lengths", "48", "256", "--model.dilation-rates", "1", "4"),
+)
+"""Options for a model so small that a step takes milliseconds."""
+
+
+def environment(**more):
+    """Return this environment without a launcher's variables, fit for either MPI on two cores."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+    path = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))
+    return clean | _OPEN_MPI | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def run_python(*words, ranks=1, cwd=None, timeout=90):
+    """Run ``python words...`` on some ranks; 1 means without mpirun."""
+    if ranks > 1 and MPIRUN is None:
+        pytest.skip("needs an mpirun")
+    launcher = (MPIRUN, "-n", str(ranks)) if ranks > 1 else ()
+    return subprocess.run(
+        [*launcher, sys.executable, *map(str, words)],
+        env=environment(),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_command(*words, ranks=1, cwd=None, timeout=90):
+    """Run ``python -m longnet_hpc.run words...``."""
+    return run_python("-m", "longnet_hpc.run", *words, ranks=ranks, cwd=cwd, timeout=timeout)
+
+
+def error_lines(done):
+    """Return what a command that ended with code 2 said in error, having made sure that it showed no traceback."""
+    assert done.returncode == 2, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]

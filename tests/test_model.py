@@ -1,0 +1,168 @@
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from longnet_hpc import LongNet, LongNetConfig
+from longnet_hpc import cross_entropy as pieces
+from longnet_hpc.config import PRESETS
+from longnet_hpc.dropout import position_dropout
+from longnet_hpc.errors import ConfigError, ShapeError
+from longnet_hpc.positions import rotary, xpos
+
+MICRO = LongNetConfig(
+    vocab_size=17, layers=2, embed_dim=16, heads=4, kv_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 3)
+)
+CPU = torch.device("cpu")
+
+
+def micro_model(**changes):
+    torch.manual_seed(0)
+    return LongNet(LongNetConfig(**{**vars(MICRO), **changes})).double()
+
+
+def tokens(seq, batch=2, seed=0):
+    return torch.randint(0, 17, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def test_later_token_does_not_change_earlier_logits():
+    model, x = micro_model(), tokens(29)
+    changed = x.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 17
+    before, after = model(x), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+def test_loss_equals_cross_entropy_of_the_logits_with_gradients(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_LOGITS", 17 * 5)
+    model, x, y = micro_model(), tokens(23), tokens(23, seed=1)
+    y[0, :4] = -100
+    loss = model.loss(x, y)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum", ignore_index=-100)
+    theirs = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(model.token_losses(x, y).sum(), expected.detach())
+
+
+def test_gradient_equals_finite_differences():
+    model, x, y = micro_model(), tokens(13), tokens(13, seed=1)
+    model.loss(x, y).backward()
+    weight = model.blocks[0].q_proj.weight
+    direction = torch.randn_like(weight)
+    step = 1e-6
+    with torch.no_grad():
+        weight += step * direction
+        up = model.loss(x, y)
+        weight -= 2 * step * direction
+        down = model.loss(x, y)
+    assert (weight.grad * direction).sum().item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5)
+
+
+def test_activation_checkpointing_and_dropout_give_the_same_gradients():
+    model, x, y = micro_model(dropout=0.3), tokens(13), tokens(13, seed=1)
+    plain = torch.autograd.grad(model.loss(x, y, dropout_seed=5), list(model.parameters()))
+    model.activation_checkpointing = True
+    torch.testing.assert_close(torch.autograd.grad(model.loss(x, y, dropout_seed=5), list(model.parameters())), plain)
+
+
+def test_dropout_is_off_in_evaluation_and_depends_on_the_seed_in_training():
+    model, x = micro_model(dropout=0.5), tokens(13)
+    assert not torch.equal(model.hidden(x, dropout_seed=1), model.hidden(x, dropout_seed=2))
+    assert torch.equal(model.eval().hidden(x, dropout_seed=1), model.hidden(x, dropout_seed=2))
+
+
+def test_dropout_mask_of_slices_is_that_of_the_whole():
+    x = torch.ones(3, 1000, 64)
+    whole = position_dropout(x, 0.3, seed=1, site=2, start=10**9)
+    parts = [position_dropout(x[:, a:b], 0.3, seed=1, site=2, start=10**9 + a) for a, b in ((0, 7), (7, 1000))]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+    assert (whole == 0).double().mean().item() == pytest.approx(0.3, abs=0.005)
+    assert whole.mean().item() == pytest.approx(1.0, abs=0.01)
+    other = position_dropout(x, 0.3, seed=1, site=3, start=10**9)
+    assert ((whole == 0) & (other == 0)).double().mean().item() == pytest.approx(0.09, abs=0.005)
+
+
+def test_rotary_tells_neighbours_apart_near_a_billion():
+    rotation = rotary(10**9, 3, 2 * 10**9, 8, 10000.0, torch.float32, CPU)
+    for i in range(3):
+        for j in range(4):
+            # Exact reduction of the angle: 10000 ** (-j / 4) is 10 ** -j.
+            angle = float(Fraction(10**9 + i, 10**j) % Fraction(math.pi * 2).limit_denominator(10**30))
+            assert rotation.cos[i, 0, j].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    assert (rotation.cos[1] - rotation.cos[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("encoding", [rotary, xpos])
+def test_scores_depend_on_the_distance_alone(encoding):
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    q, k = q.expand(1, 40, 1, 8), k.expand(1, 40, 1, 8)
+    turned_q, turned_k = encoding(0, 40, 40, 8, 10000.0, torch.float64, CPU).apply(q, k)
+    scores = turned_q[0, :, 0] @ turned_k[0, :, 0].T
+    torch.testing.assert_close(scores[30, 20], scores[15, 5])
+    shifted_q, shifted_k = encoding(100, 40, 200, 8, 10000.0, torch.float64, CPU).apply(q, k)
+    torch.testing.assert_close(shifted_q[0, 30, 0] @ shifted_k[0, 20, 0], scores[30, 20])
+
+
+def test_xpos_decays_with_distance_and_refuses_to_overflow():
+    q = torch.ones(1, 1024, 1, 8, dtype=torch.float64)
+    rotation = xpos(0, 1024, 1024, 8, 1e30, torch.float64, CPU)
+    turned_q, turned_k = rotation.apply(q, q)
+    zeta = (2 * torch.arange(4) + 0.4 * 8) / (1.4 * 8)
+    expected = (zeta.double() ** (1000 / 512) * 2).sum()
+    turned = turned_q[0, 1000, 0] @ turned_k[0, 0, 0]
+    assert turned.item() == pytest.approx(expected.item(), rel=0.2)
+    with pytest.raises(ConfigError, match=r"xPos in float32 overflows beyond 65\d\d\d tokens, got 100000"):
+        xpos(0, 10, 100000, 8, 10000.0, torch.float32, CPU)
+    xpos(0, 10, 65536, 64, 10000.0, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
+def test_preset_has_the_size_of_the_paper(name):
+    config = PRESETS[name]
+    with torch.device("meta"):
+        count = LongNet(config).parameter_count - config.vocab_size * config.embed_dim
+    assert count == pytest.approx(12 * config.layers * config.embed_dim**2, rel=0.01)
+    assert config.segment_lengths == (2048, 4096, 8192, 16384, 32768)
+    assert config.dilation_rates == (1, 2, 4, 6, 12)
+
+
+def test_initialisation_has_the_gains_of_magneto():
+    torch.manual_seed(0)
+    model = LongNet(LongNetConfig(layers=8, embed_dim=256, heads=4))
+    block = model.blocks[0]
+    gain = math.sqrt(math.log(16))
+    for layer, factor in ((block.q_proj, 1.0), (block.v_proj, gain), (block.fc1, gain), (block.out_proj, gain)):
+        xavier = math.sqrt(2 / (layer.in_features + layer.out_features))
+        assert layer.weight.std().item() == pytest.approx(factor * xavier, rel=0.02)
+    assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [(torch.tensor([[3, 17]]), "token 17 is outside the vocabulary of 17"), (torch.zeros(4).long(), "(batch, seq)")],
+)
+def test_bad_tokens_are_one_clear_error(bad, words):
+    with pytest.raises(ShapeError) as caught:
+        micro_model()(bad)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads": 3}, "heads must divide embed_dim, got 3"),
+        ({"kv_heads": 3}, "kv_heads must divide heads, got 3"),
+        ({"dropout": 1.0}, "below 1, got 1.0"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"positions": "none"}, "got 'none'"),
+    ],
+)
+def test_bad_configuration_is_one_clear_error(change, words):
+    with pytest.raises(ConfigError) as caught:
+        LongNetConfig(**{**vars(MICRO), **change})
+    assert words in str(caught.value)

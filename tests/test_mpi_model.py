@@ -1,0 +1,47 @@
+import pytest
+import torch
+from parallel_case import assert_all_close, cut, own_slice
+from test_model import micro_model, tokens
+
+from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan
+from longnet_hpc.comm import all_reduce_sum
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def check_same_as_one_rank(comm, model, x, y, lengths, tolerance):
+    """Compare loss and gradients, per token, of all ranks together with those of one process."""
+    parameters = list(model.parameters())
+    expected = None
+    if comm.rank == 0:
+        whole = model.loss(x, y, dropout_seed=3) / y.numel()
+        expected = [whole.detach(), *torch.autograd.grad(whole, parameters)]
+    whole, *expected = comm.bcast(expected)
+    plan = SequencePlan.build(Pattern.from_lists(model.config.segment_lengths, model.config.dilation_rates),
+                              lengths[comm.rank], comm=comm)  # fmt: skip
+    own = [own_slice(t, lengths, comm.rank) for t in (x, y)]
+    part = model.loss(*own, plan, dropout_seed=3) / y.numel()
+    grads = torch.autograd.grad(part, parameters)
+    assert_all_close(comm, [(all_reduce_sum(comm, part), whole)], tolerance)
+    scale = max(g.abs().max().item() for g in expected)
+    pairs = [(all_reduce_sum(comm, a) / scale, b / scale) for a, b in zip(grads, expected, strict=True)]
+    assert_all_close(comm, pairs, tolerance)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "xpos"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_do_not_depend_on_ranks(comm, positions, checkpointing):
+    model = micro_model(dropout=0.2, positions=positions)
+    model.activation_checkpointing = checkpointing
+    x, y = tokens(71), tokens(71, seed=1)
+    for seed in range(3):
+        check_same_as_one_rank(comm, model, x, y, cut(71, comm.size, seed), 1e-9)
+
+
+@pytest.mark.timeout(300)
+def test_pattern_of_the_paper_at_32768_tokens_gives_the_same_loss_and_gradients(comm):
+    torch.manual_seed(0)
+    model = LongNet(LongNetConfig(layers=1, embed_dim=12 * 8, heads=12))
+    x, y = (torch.randint(0, 256, (1, 32768)) for _ in range(2))
+    lengths = [32768 * (rank + 1) // comm.size - 32768 * rank // comm.size for rank in range(comm.size)]
+    check_same_as_one_rank(comm, model, x, y, lengths, 1e-5)
