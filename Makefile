@@ -11,7 +11,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy = none
 
-.PHONY: setup lint test test-one test-parallel
+.PHONY: setup demo lint test test-one test-parallel
 
 setup: $(bin)/.ready
 
@@ -20,6 +20,9 @@ $(bin)/.ready: setup.py constraints.txt
 	$(bin)/python -m pip install -q -c constraints.txt torch
 	$(bin)/python -m pip install -q -c constraints.txt -e '.[$(MPI),test]'
 	touch $@
+
+demo: setup
+	PATH=$(bin):$$PATH $(bin)/mpirun -n 4 $(bin)/python -m longnet_hpc.run
 
 lint: setup
 	$(bin)/ruff check .

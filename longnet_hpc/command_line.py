@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
     default = _COMMANDS[command]()
     asks_help = "-h" in rest or "--help" in rest
     if not asks_help:
-        base, _ = _tyro(_Base, rest, return_unknown_args=True, add_help=False)
+        base, _ = _tyro(_Base, rest, console=False, return_unknown_args=True, add_help=False)
         default = _start_from(base, default)
     config = _tyro(
         type(default),
@@ -81,7 +81,7 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
         default=default,
         prog=_PROGRAM if command == "main" else f"{_PROGRAM} {command}",
         description=_MAIN_HELP if command == "main" else None,
-        console_outputs=console,
+        console=console,
     )
     return command, config
 
@@ -102,11 +102,11 @@ def _start_from(base: _Base, default: Any) -> Any:
     return from_table(table, replace(default, preset=preset, model=LongNetConfig.preset(preset)))
 
 
-def _tyro(config: Any, words: Sequence[str], **options: Any) -> Any:
-    """Parse by tyro, whose message in a box becomes one line."""
+def _tyro(config: Any, words: Sequence[str], *, console: bool, **options: Any) -> Any:
+    """Parse by tyro, whose message in a box becomes one line; its help appears only if this process shows it."""
     box = io.StringIO()
     try:
-        with redirect_stderr(box):
+        with redirect_stderr(box), nullcontext() if console else redirect_stdout(io.StringIO()):
             return tyro.cli(config, args=words, **options)
     except SystemExit as end:
         if end.code in (0, None):
@@ -115,11 +115,12 @@ def _tyro(config: Any, words: Sequence[str], **options: Any) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """Return what the upper part of tyro's box of an error says."""
-    said = []
+    """Return what tyro's box of an error says between its title and the next rule."""
+    said: list[str] = []
     for line in box.splitlines()[1:]:
         content = line.strip(" │|")
-        if not content.strip("─-╰╯+"):
+        if content.strip("─-╰╯"):
+            said.append(content)
+        elif said:
             break
-        said.append(content)
     return " ".join(said) or "the command line is wrong; try --help"

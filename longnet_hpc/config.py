@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, PositionalMetavarFromFieldName
 
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.pattern import Pattern
@@ -190,7 +190,7 @@ class TrainConfig(ComputeConfig):
     """Sequences in one forward and backward pass."""
     accumulation: int = 1
     """Forward and backward passes whose gradients make one step."""
-    steps: int = 120
+    steps: int = 100
     """Length of the training, in steps."""
     seed: int = 0
     """Chooses the initial weights, the order of the sequences, and dropout; 0 to below 2**63."""
@@ -215,7 +215,7 @@ class PrepareConfig:
 
     config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
     """TOML file with any of these fields; the command line overrides it."""
-    sources: Positional[tuple[str, ...]] = ()
+    sources: Positional[PositionalMetavarFromFieldName[tuple[str, ...]]] = ()
     """Files, folders, globs, .gz, .xz and .tar archives, or - for standard input. None given means the source of
     Python's standard library."""
     output: Path = Path("runs/corpus/corpus.h5")

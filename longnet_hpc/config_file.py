@@ -107,7 +107,7 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
         return Path(value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if type(value) is kind:
+    if kind is not float and type(value) is kind:
         return value
     raise ConfigError(f"config key {key} must be {_name_of(kind)}, got {value!r}")
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from longnet_hpc.errors import ShapeError
+
 __all__ = ["cross_entropy", "token_losses"]
 
 IGNORE_INDEX = -100
@@ -50,6 +52,11 @@ def cross_entropy(
     -------
     torch.Tensor
         Scalar in nats, float64. Differentiable once in ``hidden`` and ``weight``.
+
+    Raises
+    ------
+    ShapeError
+        If ``targets`` are not shaped as ``hidden`` without its last dim.
     """
     loss: torch.Tensor = _SummedCrossEntropy.apply(
         hidden,
@@ -108,6 +115,8 @@ def _pieces(
     piece_tokens: int,
     dtype: torch.dtype,
 ) -> Iterator[_Piece]:
+    if targets.shape != hidden.shape[:-1]:
+        raise ShapeError(f"targets must be shaped {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
     weight = weight.to(dtype)
     rows = hidden.reshape(-1, hidden.shape[-1]).split(piece_tokens)
     with torch.autocast(hidden.device.type, enabled=False):

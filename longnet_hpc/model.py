@@ -18,6 +18,8 @@ from longnet_hpc.positions import POSITIONS, Rotation
 
 __all__ = ["Block", "LongNet"]
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Block(nn.Module):
     """One decoder block with sub-LayerNorm (MAGNETO, Wang et al. 2022, Section 2).
@@ -104,6 +106,26 @@ class LongNet(nn.Module):
         """Number of parameters, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def flop(self, batch: int, seq_len: int, *, training: bool) -> int:
+        """Count the arithmetic of matrix products, ``2 m n k`` each, attention as `Pattern.flop` counts it.
+
+        Parameters
+        ----------
+        batch, seq_len : int
+            Sequences, and tokens of each over all ranks.
+        training : bool
+            Count a forward and a backward pass (three times the forward; what is recomputed does not count).
+
+        Returns
+        -------
+        int
+            FLOP of all ranks together.
+        """
+        config = self.config
+        weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        attention = config.pattern.flop(seq_len, config.heads, config.head_dim, causal=True)
+        return batch * (2 * seq_len * weights + config.layers * attention) * (3 if training else 1)
+
     def hidden(self, tokens: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
         """Return the last hidden states, ``(batch, local_len, embed_dim)``. Collective over the ranks of the plan.
 
@@ -124,7 +146,7 @@ class LongNet(nn.Module):
             If xPos cannot reach this far.
         """
         config = self.config
-        if tokens.dim() != 2 or tokens.dtype.is_floating_point:
+        if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
             raise ShapeError(f"tokens must be integers (batch, seq), got {tokens.dtype} {tuple(tokens.shape)}")
         if tokens.numel():
             low, high = (int(extreme) for extreme in torch.aminmax(tokens))
@@ -133,7 +155,9 @@ class LongNet(nn.Module):
                 raise ShapeError(f"token {outside} is outside the vocabulary of {config.vocab_size}")
         if plan is None:
             plan = SequencePlan.build(config.pattern, tokens.shape[1])
-        x = self.embedding(tokens) * math.sqrt(config.embed_dim)
+        if tokens.shape[1] != plan.local_len:
+            raise ShapeError(f"this rank owns {plan.local_len} tokens of the plan, got {tokens.shape[1]}")
+        x = self.embedding(tokens.long()) * math.sqrt(config.embed_dim)
         if torch.is_autocast_enabled(tokens.device.type):
             computed_in = torch.get_autocast_dtype(tokens.device.type)
         else:
@@ -151,9 +175,11 @@ class LongNet(nn.Module):
         return normed
 
     def forward(self, tokens: torch.Tensor, plan: SequencePlan | None = None) -> torch.Tensor:
-        """Return logits ``(batch, local_len, vocab_size)``; arguments as in `hidden`."""
-        logits: torch.Tensor = self.head(self.hidden(tokens, plan))
-        return logits
+        """Return logits ``(batch, local_len, vocab_size)``, float32 or float64; arguments as in `hidden`."""
+        hidden = self.hidden(tokens, plan)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(wide), self.head.weight.to(wide))
 
     def loss(
         self, tokens: torch.Tensor, targets: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0
@@ -163,7 +189,7 @@ class LongNet(nn.Module):
         ``targets`` is shaped as ``tokens``; -100 is left out.
         """
         hidden = self.hidden(tokens, plan, dropout_seed=dropout_seed)
-        return cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        return cross_entropy(hidden, self.head.weight, targets)
 
     @torch.no_grad()
     def token_losses(
@@ -171,4 +197,4 @@ class LongNet(nn.Module):
     ) -> torch.Tensor:
         """Return the negative log-likelihood of each target in nats, ``(batch, local_len)``; arguments as in `loss`."""
         hidden = self.hidden(tokens, plan)
-        return token_losses(hidden.flatten(0, 1), self.head.weight, targets.flatten()).view(targets.shape)
+        return token_losses(hidden, self.head.weight, targets)

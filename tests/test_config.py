@@ -43,10 +43,10 @@ def test_preset_takes_changes_and_knows_its_names():
     ("changes", "message"),
     [
         ({"heads": 5}, "heads must divide embed_dim, got 5"),
-        ({"kv_heads": 3}, "kv_heads must divide heads, got 3"),
+        ({"kv_heads": 5}, "kv_heads must divide heads, got 5"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"dropout": 1.0}, r"below 1, got 1\.0"),
-        ({"segment_lengths": (0, 1)}, "at least 1, got 0"),
+        ({"segment_lengths": (0, 1, 2)}, "at least 1, got 0"),
         ({"dilation_rates": (1, 0, 2)}, "at least 1, got 0"),
         ({"dilation_rates": (1, 2)}, "pair up, got 3 and 2"),
         ({"positions": "sinusoid"}, "rotary or xpos, got 'sinusoid'"),

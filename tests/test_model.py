@@ -4,8 +4,9 @@ from fractions import Fraction
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_hpc import LongNet, LongNetConfig
+from longnet_hpc import LongNet, LongNetConfig, SequencePlan
 from longnet_hpc import cross_entropy as pieces
 from longnet_hpc.config import PRESETS
 from longnet_hpc.dropout import position_dropout
@@ -16,6 +17,7 @@ MICRO = LongNetConfig(
     vocab_size=17, layers=2, embed_dim=16, heads=4, kv_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 3)
 )
 CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def micro_model(**changes):
@@ -166,3 +168,50 @@ def test_bad_configuration_is_one_clear_error(change, words):
     with pytest.raises(ConfigError) as caught:
         LongNetConfig(**{**vars(MICRO), **change})
     assert words in str(caught.value)
+
+
+def test_flop_equals_what_torch_counts_plus_the_attention():
+    model, x = micro_model(segment_lengths=(8, 32), dilation_rates=(1, 4)), tokens(64)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(counted[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm) if op in counted)
+    pairs = 4 * (64 // 8 * 8 * 9 // 2) + 4 * (64 // 32 * 8 * 9 // 2)  # head by head: visible keys of all queries
+    expected = products + 2 * 2 * 4 * 4 * pairs  # batch, layers, 4 FLOP a pair and feature, head_dim
+    assert model.flop(2, 64, training=False) == expected
+    assert model.flop(2, 64, training=True) == 3 * expected
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_keeps_parameters_and_sums_in_float32(device, checkpointing):
+    torch.manual_seed(0)
+    model = LongNet(LongNetConfig(**{**vars(MICRO), "embed_dim": 64})).to(device)
+    x, y = tokens(40).to(device), tokens(40, seed=1).to(device)
+    expected = model.loss(x, y)
+    expected_grads = torch.autograd.grad(expected, list(model.parameters()))
+    model.activation_checkpointing = checkpointing
+    with torch.autocast(device, torch.bfloat16):
+        loss = model.loss(x, y)
+        assert model(x).dtype == model.token_losses(x, y).dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    for grad, exact in zip(torch.autograd.grad(loss, list(model.parameters())), expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - exact).norm() <= 0.05 * exact.norm() + 1e-3
+
+
+def test_plan_and_targets_of_another_length_are_one_clear_error():
+    model = micro_model()
+    plan = SequencePlan.build(model.config.pattern, 9)
+    with pytest.raises(ShapeError, match="owns 9 tokens of the plan, got 8"):
+        model(tokens(8), plan)
+    with pytest.raises(ShapeError, match="targets must be shaped"):
+        model.loss(tokens(8), tokens(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_narrow_integers_are_tokens_too_and_truth_values_are_not(dtype):
+    model, x = micro_model(), tokens(8)
+    assert torch.equal(model(x.to(dtype)), model(x))
+    with pytest.raises(ShapeError, match=r"must be integers .* got torch\.bool"):
+        model(x.bool())

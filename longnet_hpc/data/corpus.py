@@ -119,9 +119,11 @@ class Corpus:
         self.dtype = self._check_parts()
         self.chunk_checksums = self._read_column("chunk_checksums", np.uint64)
         self.chunk_starts = self._read_offsets("chunk_starts", self.num_tokens, len(self.chunk_checksums))
-        longest = int(np.diff(self.chunk_starts).max(initial=0))
-        if longest > MAX_CHUNK_TOKENS:
-            raise CorpusError(f"{self.path}: a chunk has {longest} tokens; the limit is {MAX_CHUNK_TOKENS}")
+        lengths = np.diff(self.chunk_starts)
+        if lengths.min() < 1 or lengths.max() > MAX_CHUNK_TOKENS:
+            raise CorpusError(
+                f"{self.path}: chunks have {lengths.min()} to {lengths.max()} tokens, must have 1 to {MAX_CHUNK_TOKENS}"
+            )
         self._verified = np.zeros(len(self.chunk_checksums), dtype=bool)
         self.num_documents = self._column("document_offsets", np.int64).size - 1
         self._name_bytes = self._column("document_names", np.uint8)
@@ -246,7 +248,7 @@ class Corpus:
 
     def _check_parts(self) -> np.dtype[Any]:
         """Return the one type of all tokens; HDF5 itself shows zeros in place of a missing or short shard."""
-        types = set()
+        types: set[np.dtype[Any]] = set()
         for part in self._parts:
             with _open(part.path) as file, corpus_errors(f"cannot read {part.path}", HDF5_ERRORS):
                 _version(part.path, file)

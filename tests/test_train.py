@@ -1,0 +1,206 @@
+"""Training on one process: its arithmetic against other ways to get it, and its records."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from longnet_hpc import LongNet, LongNetConfig
+from longnet_hpc.comm.launch import start
+from longnet_hpc.config import OptimizerConfig, TrainConfig
+from longnet_hpc.data import Corpus, prepare
+from longnet_hpc.errors import ConfigError, CorpusError
+from longnet_hpc.evaluate import _results
+from longnet_hpc.optimizer import Optimizer, learning_rate
+from longnet_hpc.record import append_record, check_record, make_record, read_records, where
+from longnet_hpc.train import Trainer, train
+
+MODEL = LongNetConfig(layers=2, embed_dim=16, heads=2, segment_lengths=(16, 64), dilation_rates=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def corpus_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("".join(f"def f{n}(x):\n    return x + {n}\n" for n in range(2000)))
+    return prepare([folder / "text.txt"], folder / "corpus.h5")
+
+
+def config(**changes):
+    return TrainConfig(**{"model": MODEL, "seq_len": 64, "steps": 6, "device": "cpu"} | changes)
+
+
+def losses(corpus_path, count, **changes):
+    with Corpus(corpus_path) as corpus:
+        trainer = Trainer(config(**changes), start(device="cpu"), corpus)
+        lines = [trainer.step() for _ in range(count)]
+        trainer.close()
+    return [line["loss"] for line in lines], trainer
+
+
+def test_learning_rate_warms_up_linearly_and_falls_by_a_cosine():
+    settings = OptimizerConfig(learning_rate=2.0, final_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 105, settings) for step in range(105)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[54] == pytest.approx(1.1)  # half way, half way between 2 and 0.2
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert learning_rate(0, 1, OptimizerConfig(learning_rate=2.0, warmup_steps=0)) == 2.0
+
+
+def test_update_is_that_of_adamw_with_clipping_and_decay_on_matrices_only():
+    torch.manual_seed(0)
+    model = LongNet(MODEL)
+    settings = OptimizerConfig(clip_norm=0.5, weight_decay=0.3)
+    ours = Optimizer(model, settings)
+    theirs = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+    means = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in theirs.items()}
+    for step, rate in enumerate((0.01, 0.02, 0.03), start=1):
+        gradient = torch.randn(model.parameter_count)
+        scale = 0.5 / gradient.double().norm()
+        start_at = 0
+        for name, p in theirs.items():
+            g = gradient[start_at : start_at + p.numel()].double().view_as(p) * scale
+            start_at += p.numel()
+            m, v = means[name]
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.95).add_(g * g, alpha=0.05)
+            if p.dim() >= 2:
+                p *= 1 - rate * 0.3
+            p -= rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        norm = ours.step(gradient.clone(), rate)
+        assert norm == pytest.approx(float(gradient.double().norm()), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_step_reports_the_mean_loss_of_the_untouched_model(corpus_path):
+    with Corpus(corpus_path) as corpus:
+        trainer = Trainer(config(batch_size=3, shuffle=False), start(device="cpu"), corpus)
+        model = copy.deepcopy(trainer.model)
+        line = trainer.step()
+        trainer.close()
+        tokens = torch.from_numpy(corpus.read(0, 3 * 64 + 1).astype("int64"))
+    logits = model(tokens[:-1].view(3, 64))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:])
+    assert line["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert line["bits_per_token"] == pytest.approx(expected.item() / math.log(2), rel=1e-6)
+    assert line["bytes_received"] == 0
+
+
+def test_accumulated_batches_are_one_large_batch(corpus_path):
+    one, _ = losses(corpus_path, 4, batch_size=4)
+    four, _ = losses(corpus_path, 4, accumulation=4)
+    assert four == pytest.approx(one, rel=1e-5)
+
+
+def test_activation_checkpointing_changes_memory_not_losses(corpus_path):
+    dropped = LongNetConfig(**vars(MODEL) | {"dropout": 0.1})
+    plain, _ = losses(corpus_path, 3, model=dropped)
+    recomputed, _ = losses(corpus_path, 3, model=dropped, activation_checkpointing=True)
+    assert recomputed == pytest.approx(plain, rel=1e-6)
+
+
+def test_training_lowers_the_loss_and_the_seed_decides_all(corpus_path):
+    first, trainer = losses(corpus_path, 60, steps=60, optimizer=OptimizerConfig(learning_rate=0.01))
+    assert first[0] > 4.5
+    assert sum(first[-5:]) / 5 < 2.5
+    assert trainer.same_on_all_ranks()
+    assert losses(corpus_path, 3)[0] == losses(corpus_path, 3)[0]
+    assert losses(corpus_path, 3)[0] != losses(corpus_path, 3, seed=1)[0]
+
+
+def test_bfloat16_products_keep_float32_weights_and_about_the_same_loss(corpus_path):
+    wide, _ = losses(corpus_path, 3)
+    half, trainer = losses(corpus_path, 3, dtype="bfloat16")
+    assert half == pytest.approx(wide, rel=0.02)
+    assert half != wide
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_divergence_is_told_with_the_knob_and_updates_nothing(corpus_path):
+    with Corpus(corpus_path) as corpus:
+        trainer = Trainer(config(), start(device="cpu"), corpus)
+        with torch.no_grad():
+            trainer.model.norm.weight.fill_(torch.nan)
+        before = copy.deepcopy(trainer.model.state_dict())
+        with pytest.raises(ConfigError, match=r"diverged in step 1: .*lower optimizer.learning_rate \(0\.003\)"):
+            trainer.step()
+        trainer.close()
+    assert all(torch.equal(before[k].nan_to_num(), v.nan_to_num()) for k, v in trainer.model.state_dict().items())
+
+
+def test_corpus_with_more_token_values_than_the_model_is_refused(corpus_path):
+    small = LongNetConfig(**vars(MODEL) | {"vocab_size": 200})
+    with Corpus(corpus_path) as corpus, pytest.raises(CorpusError, match="256 token values.*vocab_size 200"):
+        Trainer(config(model=small), start(device="cpu"), corpus)
+
+
+def test_xpos_beyond_its_limit_is_refused_before_the_folder_exists(corpus_path, tmp_path):
+    model = LongNetConfig(**vars(MODEL) | {"positions": "xpos"})
+    with pytest.raises(ConfigError, match="xPos in float32 overflows beyond"):
+        train(config(model=model, seq_len=10_000_000, folder=tmp_path / "run"), start(device="cpu"), corpus_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_that_stopped_between_checkpoints_does_those_steps_again(corpus_path, tmp_path):
+    launch = start(device="cpu")
+    whole = train(config(steps=8, folder=tmp_path / "whole"), launch, corpus_path)
+    train(config(steps=8, stop_at=5, save_every=3, folder=tmp_path / "run"), launch, corpus_path)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name[:13] for path in checkpoints] == ["step-00000003", "step-00000005"]
+    checkpoints[-1].unlink()
+    again = train(config(steps=8, resume=tmp_path / "run"), launch, corpus_path)
+    assert (whole.steps, again.steps) == (8, 8)
+    expected, found = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    assert [line["step"] for line in found] == list(range(1, 9))
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    record = read_records(tmp_path / "run" / "record.jsonl")[-1]
+    check_record(record)
+    assert record["check"] == {"name": "all ranks hold the same weights, bit for bit", "passed": True}
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_sums_become_loss_perplexity_and_bits():
+    results = _results([math.log(8), 2 * math.log(2), 0.0], [1, 2, 0], 3, 0.25)
+    assert results["loss"] == pytest.approx(5 * math.log(2) / 3)
+    assert results["perplexity"] == pytest.approx(2 ** (5 / 3))
+    assert results["bits_per_byte"] == pytest.approx(5 / 3 / 4)
+    assert [(b["first_context"], b["last_context"], b["tokens"]) for b in results["loss_by_context"]] == [
+        (1, 1, 1),
+        (2, 3, 2),
+    ]
+
+
+def a_record(**changes):
+    return make_record(
+        "a run", config={"a": 1}, results={"seconds": 1.0}, place=where(), check=("it adds up", True), **changes
+    )
+
+
+def test_record_survives_its_file_and_says_what_where_and_how(tmp_path):
+    record = a_record(warmup=1, repeats=5, statistic="median")
+    append_record(tmp_path / "r.jsonl", record)
+    append_record(tmp_path / "r.jsonl", record)
+    assert read_records(tmp_path / "r.jsonl") == [record, record]
+    assert record["where"]["ranks"] == 1
+    assert record["where"]["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in torch.__version__
+    assert record["how"] == {"warmup": 1, "repeats": 5, "statistic": "median"}
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("what", "config"), ("where", "ranks"), ("how", "repeats"), ("check", "passed")]
+)
+def test_record_without_a_key_of_the_schema_is_refused(part, key):
+    record = json.loads(json.dumps(a_record()))
+    del record[part][key]
+    with pytest.raises(ConfigError, match=f"{part}.{key} is missing"):
+        check_record(record)
+
+
+def test_record_that_is_neither_measured_nor_modelled_or_empty_is_refused():
+    with pytest.raises(ConfigError, match="measured or modelled, got 'guessed'"):
+        check_record(a_record() | {"kind": "guessed"})
+    with pytest.raises(ConfigError, match="no results"):
+        check_record(a_record() | {"results": {}})
