@@ -251,7 +251,9 @@ class SequencePlan:
         if q.shape[1] != self.local_len:
             raise ShapeError(f"rank {self.rank} owns {self.local_len} tokens of this plan, got {q.shape[1]}")
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-        out, lse = _DilatedAttention.apply(q, k, v, self, causal, scale)
+        # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = _DilatedAttention.apply(q, k, v, self, causal, scale)
         return out, lse
 
     def exchanges(self, heads: int, kv_heads: int, *, causal: bool) -> tuple[tuple[Branch, SpanExchange], ...]:

@@ -9,11 +9,17 @@ import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import h5py
+
 from longnet_hpc.data import prepare
 
 
 def random_bytes(size, seed):
     return random.Random(seed).randbytes(size)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def write_tar(path, members, mode):
@@ -61,6 +67,17 @@ def write_sources(root):
         (folder / "b" / "one", one),
     ]
     return sources, [(str(name), content) for name, content in documents]
+
+
+def overwrite_tokens(path, position, values):
+    """Write bytes over the stored tokens from ``position`` on, behind HDF5's back."""
+    with h5py.File(path) as file:
+        tokens = file["tokens"]
+        chunk, within = divmod(position, tokens.chunks[0])
+        offset = tokens.id.get_chunk_info(chunk).byte_offset + within * tokens.dtype.itemsize
+    with path.open("rb+") as stream:
+        stream.seek(offset)
+        stream.write(values)
 
 
 class ThreadComm:

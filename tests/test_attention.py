@@ -146,3 +146,13 @@ def test_bad_argument_is_one_clear_error(change, error, words):
         dilated_attention(**arguments)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_autocast_does_not_lower_the_products_of_attention():
+    leaves = [torch.randn(1, 40, 2, 4, requires_grad=True) for _ in range(3)]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = dilated_attention(*leaves, [16, 40], [1, 2], causal=True, backend="reference")
+        results.append((out, *torch.autograd.grad(out.float().sum(), leaves)))
+    torch.testing.assert_close(*results, atol=0, rtol=0)

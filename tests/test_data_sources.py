@@ -1,7 +1,6 @@
 import gzip
 import io
 import lzma
-import os
 import sys
 import sysconfig
 import tarfile
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from data_files import random_bytes, write_sources, write_tar
+from data_files import names_in, random_bytes, write_sources, write_tar
 
 from longnet_hpc.data import Corpus, default_sources, prepare
 from longnet_hpc.data.prepare import share_out
@@ -38,7 +37,7 @@ def test_corpus_equals_sources_of_every_kind(tmp_path):
         assert corpus.read(0, corpus.num_tokens).tobytes() == total
         assert corpus.num_tokens == corpus.num_bytes == len(total)
         assert corpus.document_offsets.tolist() == [0, *accumulate(len(content) for _, content in documents)]
-    assert os.listdir(path.parent) == [path.name]
+    assert names_in(path.parent) == [path.name]
 
 
 def test_order_depends_on_names_alone(tmp_path):
@@ -77,7 +76,7 @@ def test_default_sources_are_the_standard_library():
     assert paths == sorted(paths, key=lambda path: Path(path).parts)
     assert {f"{root}/os.py", f"{root}/json/decoder.py"} <= set(paths)
     assert all(path.endswith(".py") and "site-packages" not in path for path in paths)
-    assert sum(os.path.getsize(path) for path in paths) > 5_000_000
+    assert sum(Path(path).stat().st_size for path in paths) > 5_000_000
 
 
 def cut(path, content, keep):
@@ -122,7 +121,7 @@ def test_bad_source_is_one_line_and_leaves_nothing(tmp_path, name, make, message
     with pytest.raises(CorpusError, match=message) as caught:
         prepare([tmp_path / "sources" / name], tmp_path / "out" / "corpus.h5")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not names_in(tmp_path / "out")
 
 
 def test_no_source_or_second_standard_input_is_refused(tmp_path):

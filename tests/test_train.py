@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_learning_rate_warms_up_linearly_and_falls_by_a_cosine():
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert rates[54] == pytest.approx(1.1)  # half way, half way between 2 and 0.2
     assert rates[-1] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[4:]))
     assert learning_rate(0, 1, OptimizerConfig(learning_rate=2.0, warmup_steps=0)) == 2.0
 
 
