@@ -1,0 +1,98 @@
+"""The commands as a user runs them, and training that does not depend on the number of ranks."""
+
+import json
+import math
+import tomllib
+
+import pytest
+from launching import MODEL, run_command
+
+from longnet_hpc.data import prepare
+from longnet_hpc.record import check_record, read_records
+from longnet_hpc.run import main
+
+SMALL = (*MODEL, "--seq-len", "512", "--device", "cpu", "--optimizer.learning-rate", "0.01")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("".join(f"def f{n}(x):\n    return x * {n}\n" for n in range(2000)))
+    return prepare([folder / "text.txt"], folder / "corpus.h5")
+
+
+def loss_curve(folder):
+    return [(line["step"], line["loss"]) for line in read_records(folder / "metrics.jsonl")]
+
+
+def test_main_job_prepares_trains_evaluates_and_says_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, "--steps", "4", "--folder", "runs/first"]) == 0
+    shown = capsys.readouterr()
+    for expected in ("4 steps", "bits a byte", "runs/first/: loss.png", "runs/first/eval-", "result.json"):
+        assert expected in shown.out
+    for name in ("config.toml", "metrics.jsonl", "record.jsonl", "loss.png", "checkpoints/step-00000004.safetensors"):
+        assert (tmp_path / "runs/first" / name).stat().st_size > 0
+    (held_out,) = (tmp_path / "runs/first").glob("eval-python-*-valid")
+    results = json.loads((held_out / "result.json").read_text())
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
+    assert results["bits_per_byte"] == pytest.approx(results["loss"] / math.log(2))
+    bins = results["loss_by_context"]
+    assert [b["first_context"] for b in bins] == [2**n for n in range(10)]
+    assert (bins[-1]["last_context"], sum(b["tokens"] for b in bins)) == (512, results["tokens"])
+    assert sum(b["tokens"] * b["loss"] for b in bins) / results["tokens"] == pytest.approx(results["loss"])
+    for path in (tmp_path / "runs/first/record.jsonl", held_out / "record.jsonl"):
+        check_record(read_records(path)[-1])
+    assert 4.0 < results["loss"] < 6.0  # four steps from log(256) = 5.5
+
+    stored = sorted((tmp_path / "runs/corpus").iterdir())
+    assert main([*SMALL, "--steps", "1", "--folder", "runs/second"]) == 0
+    assert sorted((tmp_path / "runs/corpus").iterdir()) == stored
+
+
+def test_prepare_writes_a_corpus_with_a_record(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("some text")
+    assert main(["prepare", str(tmp_path / "text.txt"), "--output", str(tmp_path / "c.h5")]) == 0
+    assert "9 tokens of 1 document" in capsys.readouterr().out
+    (record,) = read_records(tmp_path / "c.h5.record.jsonl")
+    check_record(record)
+    assert record["results"]["bytes"] == 9
+
+
+def test_metrics_have_a_line_a_step_with_units(corpus, tmp_path):
+    folder = tmp_path / "run"
+    assert main(["train", *SMALL, "--steps", "2", "--corpus", str(corpus), "--folder", str(folder)]) == 0
+    first, second = read_records(folder / "metrics.jsonl")
+    assert (first["step"], second["step"]) == (1, 2)
+    assert first["tokens_per_second"] == pytest.approx(512 / first["seconds"])
+    assert first.keys() >= {"loss", "bits_per_token", "grad_norm", "learning_rate", "bytes_received_per_layer"}
+    assert first["peak_memory_bytes"] > 1 << 20
+    saved = tomllib.loads((folder / "config.toml").read_text())
+    assert saved["model"]["layers"] == 2
+    assert saved["steps"] == 2
+
+
+@pytest.mark.timeout(240)
+def test_losses_are_those_of_one_rank_when_stopped_on_four_ranks_and_resumed_on_two(corpus, tmp_path):
+    words = ("train", *SMALL, "--steps", "20", "--accumulation", "2", "--corpus", corpus)
+    assert main([*map(str, words), "--folder", str(tmp_path / "one")]) == 0
+    stopped = run_command(*words, "--stop-at", "10", "--folder", tmp_path / "many", ranks=4)
+    assert stopped.returncode == 0, stopped.stderr
+    assert len(loss_curve(tmp_path / "many")) == 10
+    resumed = run_command("train", "--resume", tmp_path / "many", ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    one, many = loss_curve(tmp_path / "one"), loss_curve(tmp_path / "many")
+    assert [step for step, _ in many] == list(range(1, 21))
+    assert [loss for _, loss in many] == pytest.approx([loss for _, loss in one], rel=1e-4)
+    assert one[-1][1] < one[0][1] - 0.5  # it learned something, so the losses had reason to differ
+    assert [record["where"]["ranks"] for record in read_records(tmp_path / "many" / "record.jsonl")] == [4, 2]
+
+    alone = ["eval", "--checkpoint", str(tmp_path / "many"), "--corpus", str(corpus), "--max-batches", "8"]
+    assert main([*alone, "--output", str(tmp_path / "eval-one")]) == 0
+    done = run_command(*alone, "--output", tmp_path / "eval-three", ranks=3)
+    assert done.returncode == 0, done.stderr
+    expected, found = (json.loads((tmp_path / f"eval-{name}" / "result.json").read_text()) for name in ("one", "three"))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for ours, theirs in zip(found["loss_by_context"], expected["loss_by_context"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
