@@ -8,21 +8,18 @@ A corpus of random bytes is prepared, in one file and in four shards. Each is re
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
-import torch
 
 from longnet_hpc.data import Corpus, SequenceReader, prepare
 from longnet_hpc.data.tokenizer import BytesTokenizer
 from longnet_hpc.data.writer import Shard, ShardWriter, join_shards
+from longnet_hpc.record import make_record, where
 
 SLICE_BYTES = 1 << 26
 SHARDS = 4
@@ -86,9 +83,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=int, default=1 << 29, help="size of the corpus, in bytes")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds after one of warm-up")
-    parser.add_argument("--folder", type=Path, default=None, help="where the corpus is made; default: temporary")
+    parser.add_argument("--folder", default=None, help="where the corpus is made; default: temporary")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = np.random.default_rng(0).integers(0, 256, options.bytes, dtype=np.uint8)
         text = Path(folder, "source")
@@ -100,34 +96,27 @@ def main():
             "single_file": measure(single, source, options.repeats),
             "sharded": measure(write_sharded(source, Path(folder, "sharded.h5")), source, options.repeats),
         }
-    record = {
-        "benchmark": "reader",
-        "command": sys.argv,
-        "git_commit": commit,
-        "host": platform.node(),
-        "machine": platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "h5py": h5py.__version__,
-            "hdf5": h5py.version.hdf5_version,
-            "torch": torch.__version__,
+    record = make_record(
+        "reader",
+        config={
+            **vars(options),
+            "slice_bytes": SLICE_BYTES,
+            "shards": SHARDS,
+            "seq_len": SEQ_LEN,
+            "batch_size": BATCH_SIZE,
         },
-        "ranks": 1,
-        "bytes": options.bytes,
-        "slice_bytes": SLICE_BYTES,
-        "seq_len": SEQ_LEN,
-        "batch_size": BATCH_SIZE,
-        "shards": SHARDS,
-        "warm_up": 1,
-        "repeats": options.repeats,
-        "statistic": "median",
-        "measured": True,
-        "check": "every token compared with the source",
-        "prepare_bytes_per_second": options.bytes / prepared,
-        "bytes_per_second": min(rate["first_read_bytes_per_second"] for rate in rates.values()),
-        **rates,
-    }
+        results={
+            "bytes": options.bytes,
+            "bytes_per_second": min(rate["first_read_bytes_per_second"] for rate in rates.values()),
+            "prepare_bytes_per_second": options.bytes / prepared,
+            **rates,
+        },
+        place=where(),
+        check=("every token compared with the source", True),
+        warmup=1,
+        repeats=options.repeats,
+        statistic="median",
+    )
     print(json.dumps(record))
 
 

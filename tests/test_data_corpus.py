@@ -115,6 +115,8 @@ def test_few_open_shards_give_the_same_tokens(sharded, content, monkeypatch):
     with Corpus(sharded) as corpus:
         for start, stop in ((0, 2000), (500, 1500), (0, 10), (2000, 2010)):
             assert corpus.read(start, stop).tobytes() == content[start:stop]
+            opened = [link.readlink().name for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+            assert len([name for name in opened if "shard" in name]) == 1
 
 
 def test_reads_from_threads_equal_the_text(any_corpus, content):

@@ -95,6 +95,16 @@ def tar_bytes(tmp_path, mode="w"):
     return write_tar(tmp_path / "good", [("a", random_bytes(2000, 1)), ("b", random_bytes(2000, 2))], mode).read_bytes()
 
 
+def full_tar_gz_bytes(size):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        info = tarfile.TarInfo("a")
+        info.size = size - 8192
+        archive.addfile(info, io.BytesIO(random_bytes(info.size, 1)))
+    assert len(stream.getvalue()) == size
+    return gzip.compress(stream.getvalue())
+
+
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
@@ -113,6 +123,8 @@ def tar_bytes(tmp_path, mode="w"):
         ("c.tar", lambda path: cut(path, tar_bytes(path.parent), 512 + 512 + 2048), r"c\.tar: .*without its end mark"),
         ("d.tar", lambda path: flip(path, tar_bytes(path.parent), 512 + 512 + 2048), r"d\.tar: damaged header"),
         ("e.tar.gz", lambda path: flip(path, tar_bytes(path.parent, "w:gz"), -7), r"cannot read .*e\.tar\.gz: CRC"),
+        # Reading the end mark does not reach the end of the file when buffers of 64 KiB end there too.
+        ("f.tar.gz", lambda path: flip(path, full_tar_gz_bytes(5 << 16), -7), r"cannot read .*f\.tar\.gz: CRC"),
     ],
 )
 def test_bad_source_is_one_line_and_leaves_nothing(tmp_path, name, make, message):

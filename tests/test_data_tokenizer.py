@@ -34,7 +34,7 @@ def tokenizer_file(tmp_path):
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     tokenizer.enable_truncation(10)
-    tokenizer.enable_padding(length=16)
+    tokenizer.enable_padding(length=50_000)
     path = tmp_path / "bpe.json"
     tokenizer.save(str(path))
     return path
