@@ -73,7 +73,7 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
     default = _COMMANDS[command]()
     asks_help = "-h" in rest or "--help" in rest
     if not asks_help:
-        base, _ = _tyro(_Base, rest, console=False, return_unknown_args=True, add_help=False)
+        base, _ = _tyro(_Base, rest, show=False, return_unknown_args=True, add_help=False)
         default = _start_from(base, default)
     config = _tyro(
         type(default),
@@ -81,7 +81,7 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
         default=default,
         prog=_PROGRAM if command == "main" else f"{_PROGRAM} {command}",
         description=_MAIN_HELP if command == "main" else None,
-        console=console,
+        show=console and asks_help,
     )
     return command, config
 
@@ -102,11 +102,14 @@ def _start_from(base: _Base, default: Any) -> Any:
     return from_table(table, replace(default, preset=preset, model=LongNetConfig.preset(preset)))
 
 
-def _tyro(config: Any, words: Sequence[str], *, console: bool, **options: Any) -> Any:
-    """Parse by tyro, whose message in a box becomes one line; its help appears only if this process shows it."""
+def _tyro(config: Any, words: Sequence[str], *, show: bool, **options: Any) -> Any:
+    """Parse by tyro, whose message in a box becomes one line.
+
+    Standard output is hidden unless help is to be shown: tyro colours its messages if that is a terminal.
+    """
     box = io.StringIO()
     try:
-        with redirect_stderr(box), nullcontext() if console else redirect_stdout(io.StringIO()):
+        with redirect_stderr(box), nullcontext() if show else redirect_stdout(io.StringIO()):
             return tyro.cli(config, args=words, **options)
     except SystemExit as end:
         if end.code in (0, None):
@@ -123,4 +126,4 @@ def _one_line(box: str) -> str:
             said.append(content)
         elif said:
             break
-    return " ".join(said) or "the command line is wrong; try --help"
+    return " ".join(said).removeprefix("Error parsing ") or "the command line is wrong; try --help"

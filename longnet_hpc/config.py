@@ -105,7 +105,7 @@ class LongNetConfig:
 
 PRESETS: dict[str, LongNetConfig] = {
     "tiny": LongNetConfig(
-        layers=4, embed_dim=128, heads=4, segment_lengths=(128, 512, 2048), dilation_rates=(1, 4, 16)
+        layers=4, embed_dim=128, heads=4, segment_lengths=(128, 1024, 8192), dilation_rates=(1, 8, 64)
     ),
     "125m": LongNetConfig(layers=12, embed_dim=768, heads=12),
     "350m": LongNetConfig(layers=24, embed_dim=1024, heads=16),
@@ -121,7 +121,7 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: float = 3e-3
-    """Learning rate after the warm-up, per step."""
+    """Learning rate after the warm-up, per step. The default suits tiny; larger models want less."""
     final_learning_rate: float = 0.1
     """Learning rate at the last step over learning_rate, 0 to 1."""
     warmup_steps: int = 10

@@ -51,8 +51,9 @@ def evaluate(
     -------
     tuple of Path and dict
         The folder with the results, and the results, the same on all ranks: ``loss`` (nats a token), ``perplexity``,
-        ``bits_per_token``, ``bits_per_byte``, ``tokens``, ``seconds``, and ``loss_by_context``: for bins of 1, 2-3,
-        4-7, ... tokens of context, the target's predecessor included, how many tokens and their mean loss.
+        ``bits_per_token``, ``bits_per_byte``, ``tokens``, ``seconds``, and ``loss_by_context``: for bins of 1, 2,
+        3-4, 5-8, ... tokens of context, how many tokens, their mean loss, and its standard error as if they were
+        independent.
 
     Raises
     ------
@@ -83,9 +84,9 @@ def evaluate(
             load_weights(model, checkpoint.tensors)
         batches = min(reader.batches_per_epoch, config.max_batches or reader.batches_per_epoch)
         begin = time.perf_counter()
-        sums, counts = _sum_by_context(model.to(compute.device).eval(), reader, batches, compute, launch)
+        totals = _sum_by_context(model.to(compute.device).eval(), reader, batches, compute, launch)
         seconds = time.perf_counter() - begin
-        results = _results(sums, counts, seq_len, corpus.num_tokens / corpus.num_bytes)
+        results = _results(totals.cpu(), seq_len, corpus.num_tokens / corpus.num_bytes)
     finally:
         if reader is not None:
             reader.close()
@@ -108,12 +109,12 @@ def evaluate(
 
 def _sum_by_context(
     model: LongNet, reader: SequenceReader, batches: int, compute: Compute, launch: Launch
-) -> tuple[list[float], list[int]]:
-    """Return summed losses (nats) and numbers of tokens over all ranks, by the binary logarithm of the context."""
+) -> torch.Tensor:
+    """Return tokens, summed losses and summed squares over all ranks, by the binary logarithm of the context."""
     plan = compute.plan()
     contexts = torch.arange(compute.slice_of.start + 1, compute.slice_of.stop + 1, device=compute.device)
-    bins = torch.frexp(contexts.double()).exponent.long() - 1  # exact, unlike a logarithm
-    totals = torch.zeros((2, plan.seq_len.bit_length()), dtype=torch.float64, device=compute.device)
+    bins = torch.frexp((contexts - 1).double()).exponent.long()  # exact, unlike a logarithm
+    totals = torch.zeros((3, plan.seq_len.bit_length() + 1), dtype=torch.float64, device=compute.device)
     done = 0
     with steps_bar(launch.rank, "eval", batches) as update:
         for _ in range(batches):
@@ -121,16 +122,18 @@ def _sum_by_context(
                 inputs, targets = (part.to(compute.device) for part in next(reader))
             with compute.autocast():
                 losses = model.token_losses(inputs, targets, plan)
-            totals[0].index_add_(0, bins, losses.double().sum(0))
-            totals[1] += inputs.shape[0] * torch.bincount(bins, minlength=totals.shape[1])
+            wide = losses.double()
+            totals[0] += inputs.shape[0] * torch.bincount(bins, minlength=totals.shape[1])
+            totals[1].index_add_(0, bins, wide.sum(0))
+            totals[2].index_add_(0, bins, wide.square().sum(0))
             done += inputs.shape[0] * plan.seq_len
             update(f"{done:,} tokens")
-    sums, counts = all_reduce_sum(launch.comm, totals).tolist()
-    return sums, [int(count) for count in counts]
+    return all_reduce_sum(launch.comm, totals)
 
 
-def _results(sums: list[float], counts: list[int], seq_len: int, tokens_per_byte: float) -> dict[str, Any]:
-    tokens = sum(counts)
+def _results(totals: torch.Tensor, seq_len: int, tokens_per_byte: float) -> dict[str, Any]:
+    counts, sums, _ = totals.tolist()
+    tokens = int(sum(counts))
     loss = math.fsum(sums) / tokens
     bits = loss / math.log(2)
     return {
@@ -142,12 +145,13 @@ def _results(sums: list[float], counts: list[int], seq_len: int, tokens_per_byte
         "tokens": tokens,
         "loss_by_context": [
             {
-                "first_context": 2**exponent,
-                "last_context": min(2 ** (exponent + 1) - 1, seq_len),
-                "tokens": count,
+                "first_context": 2 ** (exponent - 1) + 1 if exponent else 1,
+                "last_context": min(2**exponent, seq_len),
+                "tokens": int(count),
                 "loss": total / count,
+                "standard_error": math.sqrt(max(0.0, squares / count - (total / count) ** 2) / count),
             }
-            for exponent, (total, count) in enumerate(zip(sums, counts, strict=True))
+            for exponent, (count, total, squares) in enumerate(totals.T.tolist())
             if count
         ],
     }

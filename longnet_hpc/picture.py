@@ -36,12 +36,12 @@ def draw_loss_curve(metrics: Sequence[Mapping[str, Any]], title: str, path: Path
     losses = np.array([line["loss"] for line in metrics])
     axes = _axes(title, "step", "loss (nats per token)")
     axes.plot(steps, losses, color=_PALE, linewidth=1, label="each step")
-    span = max(1, len(losses) // 20)
+    span = max(1, len(losses) // 10)
     if span > 1:
         smooth = _running_mean(losses, span)
         axes.plot(steps, smooth, color=_BLUE, linewidth=2, label=f"mean of the last {span} steps")
         _point_out(axes, float(steps[-1]), float(smooth[-1]))
-    axes.set_xlim(left=steps[0] - 1)
+    axes.set_xlim(steps[0] - 1, steps[-1] + max(1, len(steps) * 0.08))
     axes.legend(frameon=False)
     _save(axes, path)
 
@@ -52,7 +52,7 @@ def draw_context_curve(bins: Sequence[Mapping[str, Any]], title: str, path: Path
     Parameters
     ----------
     bins : sequence of mapping
-        Bins with ``first_context`` and ``last_context`` (tokens), and ``loss`` (nats a token).
+        Bins with ``first_context`` and ``last_context`` (tokens), ``loss`` and its ``standard_error`` (nats a token).
     title : str
         What was measured.
     path : Path
@@ -61,8 +61,21 @@ def draw_context_curve(bins: Sequence[Mapping[str, Any]], title: str, path: Path
     axes = _axes(title, "context available (tokens)", "loss (nats per token)")
     middles = [float(np.sqrt(line["first_context"] * line["last_context"])) for line in bins]
     losses = [line["loss"] for line in bins]
-    axes.plot(middles, losses, color=_BLUE, linewidth=2, marker="o", markersize=5)
+    errors = [line["standard_error"] for line in bins]
+    axes.errorbar(
+        middles,
+        losses,
+        errors,
+        color=_BLUE,
+        ecolor=_PALE,
+        linewidth=2,
+        elinewidth=1,
+        marker="o",
+        markersize=5,
+        capsize=3,
+    )
     axes.set_xscale("log", base=2)
+    axes.set_xlim(right=middles[-1] * 2.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _point_out(axes, middles[-1], losses[-1])
     _save(axes, path)
@@ -86,7 +99,7 @@ def _axes(title: str, x_label: str, y_label: str) -> Axes:
 
 
 def _point_out(axes: Axes, x: float, y: float) -> None:
-    axes.annotate(f"{y:.3f}", (x, y), xytext=(0, 12), textcoords="offset points", ha="center", color=_BLUE)
+    axes.annotate(f"{y:.3f}", (x, y), xytext=(6, 0), textcoords="offset points", va="center", color=_BLUE)
 
 
 def _running_mean(values: NDArray[Any], span: int) -> NDArray[Any]:

@@ -150,7 +150,7 @@ def where(launch: Launch | None = None) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "gpu": gpu,
-        "mpi_library": launch.mpi_library if launch else "none",
+        "mpi_library": " ".join(launch.mpi_library.split()) if launch else "none",
         "launcher": launcher_environment()[0],
         "transport": launch.transport.value if launch and launch.transport else None,
         "ranks": launch.size if launch else 1,

@@ -117,7 +117,7 @@ def _train(config: TrainConfig, launch: Launch) -> TrainResult:
     result = train(config, launch, corpus)
     if launch.rank == 0:
         _say(
-            ("trained", f"{result.parameter_count:,} parameters on {launch.size} ranks, {result.steps:,} steps"),
+            ("trained", f"{result.parameter_count:,} parameters, {result.steps:,} steps, ranks: {launch.size}"),
             ("loss", f"{result.loss:.4f} nats a token at the end"),
             ("speed", f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s in all"),
             ("results", f"{result.folder}{os.sep}: loss.png, metrics.jsonl, record.jsonl, checkpoints, config.toml"),

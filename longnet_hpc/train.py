@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 import time
@@ -213,6 +214,7 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
         with agreed(comm):
             if launch.rank == 0:
                 lines = _open_folder(folder, config, trainer.steps_done)
+        _announce(trainer, corpus_path, folder)
         begin = time.perf_counter()
         new_lines = _steps(trainer, folder)
         seconds = time.perf_counter() - begin
@@ -245,6 +247,24 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
             trainer.close()
         if corpus is not None:
             corpus.close()
+
+
+def _announce(trainer: Trainer, corpus_path: Path, folder: Path) -> None:
+    config, compute, ranks = trainer.config, trainer.compute, trainer.launch.size
+    logging.getLogger("longnet_hpc").info(
+        "training %s, %s parameters, on %s rank%s (%s, %s): steps %s to %s of %s tokens from %s, into %s",
+        config.preset,
+        f"{trainer.model.parameter_count:,}",
+        ranks,
+        "s" if ranks > 1 else "",
+        compute.device.type,
+        str(compute.dtype).removeprefix("torch."),
+        trainer.steps_done + 1,
+        config.steps,
+        f"{config.seq_len * config.batch_size * config.accumulation:,}",
+        corpus_path,
+        folder,
+    )
 
 
 def _check_model(checkpoint: Checkpoint, config: TrainConfig) -> None:

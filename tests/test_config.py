@@ -1,14 +1,24 @@
+import io
 import subprocess
 import sys
 import time
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from launching import environment
 
 from longnet_hpc.command_line import parse
-from longnet_hpc.config import PRESETS, EvalConfig, LongNetConfig, OptimizerConfig, PrepareConfig, TrainConfig
+from longnet_hpc.config import (
+    PRESETS,
+    EvalConfig,
+    LongNetConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    PresetName,
+    TrainConfig,
+)
 from longnet_hpc.config_file import from_table, read_toml, to_table, write_toml
 from longnet_hpc.errors import CheckpointError, ConfigError
 
@@ -190,6 +200,20 @@ def test_words_that_are_wrong_are_refused_in_one_line(words, message):
     assert not set("│╭╯─") & set(str(caught.value))
 
 
+def test_refusal_on_a_terminal_has_no_colours(monkeypatch):
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with pytest.raises(ConfigError) as caught:
+        parse(("train", "--model.heads", "3"), console=True)
+    assert str(caught.value) == "model: heads must divide embed_dim, got 3 heads for width 128"
+
+
 def test_resumption_of_no_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config\.toml"):
         parsed("train", "--resume", str(tmp_path))
@@ -224,4 +248,4 @@ def test_help_needs_neither_torch_nor_mpi_and_is_quick():
 
 
 def test_presets_fit_their_annotation():
-    assert set(PRESETS) == {"tiny", "125m", "350m", "760m", "2.7b"}
+    assert set(PRESETS) == set(get_args(PresetName))

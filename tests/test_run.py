@@ -38,7 +38,7 @@ def test_main_job_prepares_trains_evaluates_and_says_where(tmp_path, monkeypatch
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
     assert results["bits_per_byte"] == pytest.approx(results["loss"] / math.log(2))
     bins = results["loss_by_context"]
-    assert [b["first_context"] for b in bins] == [2**n for n in range(10)]
+    assert [b["first_context"] for b in bins] == [1, *(2**n + 1 for n in range(9))]
     assert (bins[-1]["last_context"], sum(b["tokens"] for b in bins)) == (512, results["tokens"])
     assert sum(b["tokens"] * b["loss"] for b in bins) / results["tokens"] == pytest.approx(results["loss"])
     for path in (tmp_path / "runs/first/record.jsonl", held_out / "record.jsonl"):

@@ -164,13 +164,17 @@ def test_run_that_stopped_between_checkpoints_does_those_steps_again(corpus_path
 
 
 def test_evaluation_sums_become_loss_perplexity_and_bits():
-    results = _results([math.log(8), 2 * math.log(2), 0.0], [1, 2, 0], 3, 0.25)
-    assert results["loss"] == pytest.approx(5 * math.log(2) / 3)
-    assert results["perplexity"] == pytest.approx(2 ** (5 / 3))
-    assert results["bits_per_byte"] == pytest.approx(5 / 3 / 4)
+    log2 = math.log(2)  # contexts 1, 2, and 3 twice, with losses of 3, 1, 0 and 2 bits
+    totals = torch.tensor([[1, 1, 2, 0], [3 * log2, log2, 2 * log2, 0], [9 * log2**2, log2**2, 4 * log2**2, 0]])
+    results = _results(totals.double(), 3, 0.25)
+    assert results["loss"] == pytest.approx(6 * log2 / 4)
+    assert results["perplexity"] == pytest.approx(2**1.5)
+    assert results["bits_per_byte"] == pytest.approx(1.5 / 4)
+    assert results["loss_by_context"][2]["standard_error"] == pytest.approx(log2 / math.sqrt(2))
     assert [(b["first_context"], b["last_context"], b["tokens"]) for b in results["loss_by_context"]] == [
         (1, 1, 1),
-        (2, 3, 2),
+        (2, 2, 1),
+        (3, 3, 2),
     ]
 
 

@@ -1,0 +1,179 @@
+"""What a user can get wrong: one clear line on rank 0, exit code 2, nothing half-written."""
+
+import time
+
+import h5py
+import pytest
+from launching import MODEL, error_lines, run_command, run_python
+
+from longnet_hpc.data import prepare
+from longnet_hpc.run import main
+
+SMALL = (*MODEL, "--seq-len", "512", "--steps", "3", "--device", "cpu", "--no-shuffle")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {n} of the text\n" for n in range(1000)))
+    return path
+
+
+@pytest.fixture
+def corpus(text, tmp_path):
+    return prepare([text], tmp_path / "corpus.h5", chunk_tokens=64)
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run a command in this process; return its only line of error, after making sure that it wrote nothing new."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert code == 2
+        assert len(lines) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return lines[0]
+
+    return run
+
+
+def change_byte(path, needle):
+    content = path.read_bytes()
+    assert content.count(needle) == 1
+    path.write_bytes(content.replace(needle, needle[:-1] + b"?"))
+
+
+def test_missing_corpus(refused, tmp_path):
+    assert "absent.h5" in refused("train", *SMALL, "--corpus", tmp_path / "absent.h5")
+
+
+@pytest.mark.parametrize("content", [b"", b"plain text, not HDF5\n" * 20])
+def test_empty_or_foreign_corpus(refused, tmp_path, content):
+    path = tmp_path / "foreign.h5"
+    path.write_bytes(content)
+    assert "foreign.h5" in refused("train", *SMALL, "--corpus", path)
+
+
+def test_hdf5_of_something_else(refused, tmp_path):
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["tokens"] = [1, 2, 3]
+    assert "not a corpus" in refused("train", *SMALL, "--corpus", tmp_path / "other.h5")
+
+
+def test_truncated_corpus(refused, corpus):
+    content = corpus.read_bytes()
+    corpus.write_bytes(content[: len(content) // 2])
+    assert "corpus.h5" in refused("train", *SMALL, "--corpus", corpus)
+
+
+def test_corpus_of_another_version(refused, corpus):
+    with h5py.File(corpus, "r+") as file:
+        file.attrs["format_version"] = 99
+    assert "format version 99" in refused("train", *SMALL, "--corpus", corpus)
+
+
+def test_corpus_shorter_than_a_sequence(refused, corpus):
+    assert "1000001" in refused("train", *SMALL, "--corpus", corpus, "--seq-len", 1_000_000)
+
+
+def test_token_outside_the_vocabulary(refused, corpus):
+    assert "vocab_size 100" in refused("train", *SMALL, "--corpus", corpus, "--model.vocab-size", 100)
+
+
+def test_unwritable_run_folder(refused, corpus, tmp_path):
+    (tmp_path / "file").touch()
+    line = refused("train", *SMALL, "--corpus", corpus, "--folder", tmp_path / "file" / "run")
+    assert "Not a directory" in line
+
+
+def test_unwritable_corpus(refused, text, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused("prepare", text, "--output", tmp_path / "file" / "corpus.h5")
+
+
+def test_run_folder_that_exists(refused, corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert "--resume" in refused("train", *SMALL, "--corpus", corpus, "--folder", tmp_path / "run")
+
+
+def test_corpus_that_exists_or_source_that_does_not(refused, corpus, text, tmp_path):
+    assert "exists" in refused("prepare", text, "--output", corpus)
+    assert "absent" in refused("prepare", tmp_path / "absent", "--output", tmp_path / "new.h5")
+
+
+def test_eval_without_a_checkpoint_or_of_none(refused, corpus, tmp_path):
+    assert "--checkpoint" in refused("eval", "--corpus", corpus)
+    assert "neither a checkpoint" in refused("eval", "--corpus", corpus, "--checkpoint", tmp_path)
+
+
+def test_unknown_backend_and_missing_device(refused, corpus):
+    assert "backend must be one of" in refused("train", *SMALL, "--corpus", corpus, "--backend", "magic")
+
+
+def test_checkpoint_of_another_model_and_training_that_is_over(refused, corpus, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", *SMALL, "--corpus", str(corpus), "--folder", str(run)]) == 0
+    line = refused("train", "--resume", run, "--steps", "9", "--model.layers", "3")
+    assert "another model: its layers is 2, not 3" in line
+    assert "3 of 3 steps" in refused("train", "--resume", run)
+
+
+def test_damaged_chunk_on_the_second_rank_alone(corpus, tmp_path):
+    # Sequence 2 is tokens 1024 to 1535; only rank 1 reads what lies after 1280.
+    needle = corpus.read_bytes()
+    start = needle.index(b"line 0 of the text")
+    piece = needle[start + 1400 : start + 1420]
+    change_byte(corpus, piece)
+    done = run_command("train", *SMALL, "--corpus", corpus, "--folder", tmp_path / "run", ranks=2)
+    (line,) = error_lines(done)
+    assert "damaged" in line
+    assert "checksum" in line
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_more_ranks_than_tokens(corpus, tmp_path):
+    done = run_command("train", *SMALL, "--seq-len", "2", "--corpus", corpus, "--folder", tmp_path / "run", ranks=3)
+    assert error_lines(done) == ["error: a sequence of 2 tokens cannot be cut over 3 ranks: at least 1 token each"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_word_is_told_once_by_two_ranks(tmp_path):
+    done = run_command("train", "--model.heads", "3", ranks=2, cwd=tmp_path)
+    (line,) = error_lines(done)
+    assert "heads must divide embed_dim, got 3" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+FAILING = """
+import sys
+from longnet_hpc.comm.launch import environment_rank
+from longnet_hpc.run import main
+from longnet_hpc.train import Trainer
+
+whole_step = Trainer.step
+
+def step(self):
+    if environment_rank() == 1 and self.steps_done == 1:
+        raise {error}
+    return whole_step(self)
+
+Trainer.step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('a defect')", "OSError('a disk that only this rank has')"])
+def test_failure_of_one_rank_alone_ends_all_with_its_traceback(corpus, tmp_path, error):
+    folder = tmp_path / "run"
+    words = ("train", *SMALL, "--corpus", corpus, "--folder", folder)
+    done = run_python("-c", FAILING.format(error=error), *words, ranks=2)
+    ended = time.time()
+    assert done.returncode not in (0, 2)
+    assert "rank 1 of 2 failed and ends the job" in done.stderr
+    assert error.partition("(")[0] in done.stderr
+    assert ended - (folder / "metrics.jsonl").stat().st_mtime < 10  # written at the end of the step before
