@@ -2,15 +2,14 @@
 
     python bench/linear.py --out bench/records/linear.jsonl
 
-Each length runs in a process of its own, so that peak memory is that length's. Prints one JSON record a length, then
-one with the exponents fitted to time and to memory (above that of an empty process) over length; 1 is linear.
+Each length runs in a process of its own, so that peak memory is that length's. Prints a line a length, then
+the exponents fitted to time and to memory (above that of an empty process) over length; 1 is linear.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,16 +17,17 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+from longnet_hpc import dilated_attention
+from longnet_hpc.record import append_record, make_record, where
+
 PATTERN = {"segment_lengths": [512, 1024, 2048, 4096, 8192], "dilation_rates": [1, 2, 4, 6, 12]}
 HEADS, HEAD_DIM = 4, 32
 
 
 def measure(seq_len, repeats):
     """Return (seconds, peak bytes above the start, worst difference to the reference) of one length."""
-    import torch
-
-    from longnet_hpc import dilated_attention
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -49,11 +49,10 @@ def measure(seq_len, repeats):
     return seconds, peak, (out.double() - expected).abs().max().item()
 
 
-def exponent(records, key):
+def exponent(points, key):
     """Return the slope of log(key) over log(tokens), least squares."""
-    points = [(math.log(record["tokens"]), math.log(record[key])) for record in records]
-    mean_x, mean_y = (statistics.mean(values) for values in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    x, y = ([math.log(point[name]) for point in points] for name in ("tokens", key))
+    return statistics.linear_regression(x, y).slope
 
 
 def main():
@@ -67,26 +66,9 @@ def main():
     if options.one:
         print(json.dumps(measure(options.one, options.repeats)))
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    common = {
-        "benchmark": "linear",
-        "command": " ".join(sys.argv),
-        "git_commit": commit.stdout.strip(),
-        "cpu": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "ranks": 1,
-        "threads": 1,
-        "measured": True,
-        "statistic": "median",
-        "warm_up": 1,
-        "repeats": options.repeats,
-        "dtype": "float32",
-        "causal": True,
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        **PATTERN,
-    }
-    records = []
+    config = {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "causal": True, "threads": 1, **PATTERN}
+    how = {"warmup": 1, "repeats": options.repeats, "statistic": "median", "place": where()}
+    points = []
     seq_len = options.shortest
     while seq_len <= options.longest:
         command = [sys.executable, __file__, "--one", str(seq_len), "--repeats", str(options.repeats)]
@@ -95,28 +77,16 @@ def main():
         )
         seconds, peak, difference = json.loads(answer.stdout)
         assert difference < 2e-5, f"wrong results: off by {difference}"
-        records.append(
-            common
-            | {
-                "tokens": seq_len,
-                "seconds": seconds,
-                "peak_bytes": peak,
-                "tokens_per_second": seq_len / seconds,
-                "check_max_difference": difference,
-            }
-        )
+        points.append({"tokens": seq_len, "seconds": seconds, "peak_bytes": peak, "max_difference": difference})
         print(f"{seq_len:>9,} tokens  {seconds:8.3f} s  {peak / 2**20:8.0f} MiB  {seq_len / seconds:10,.0f} tokens/s")
         seq_len *= 2
-    fit = common | {
-        "fit": f"{options.shortest}..{options.longest} tokens",
-        "time_exponent": exponent(records, "seconds"),
-        "memory_exponent": exponent(records, "peak_bytes"),
-    }
+    fit = {"time_exponent": exponent(points, "seconds"), "memory_exponent": exponent(points, "peak_bytes")}
     print(f"fitted exponents: time {fit['time_exponent']:.3f}, memory {fit['memory_exponent']:.3f}")
     if options.out:
+        check = ("8,192 tokens against the float64 reference, 2e-5", True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in [*records, fit])
+        record = make_record("linear", config=config, results={"lengths": points, **fit}, check=check, **how)
+        append_record(options.out, record)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,8 @@ class SequencePlan:
         Name of the attention backend, or ``auto``.
     bytes_received : int
         Bytes that this rank has received in exchanges of attention so far, forward and backward.
+    seconds_waited : float
+        Seconds that this rank has waited for exchanges that computing did not hide.
     """
 
     def __init__(self, pattern: Pattern, partition: Partition, comm: MPI.Comm | None, backend: str) -> None:
@@ -138,6 +140,7 @@ class SequencePlan:
         self.rank = rank_and_size(comm)[0]
         self.backend = backend
         self.bytes_received = 0
+        self.seconds_waited = 0.0
         self._groups = None
         if comm is not None and comm.size > 1:
             self._groups = groups_of(comm)
@@ -306,6 +309,7 @@ class _DilatedAttention(torch.autograd.Function):
             arrived.append(exchange.finish(flight, k))
             rows_forward(x, branch, exchange.layout.piece, arrived[-1], merged)
             progress()
+        plan.seconds_waited += sum(flight.seconds_waited for flight in flights)
 
         out = merged.out.to(q.dtype)
         ctx.plan, ctx.causal, ctx.scale = plan, causal, scale
@@ -348,6 +352,7 @@ class _DilatedAttention(torch.autograd.Function):
             piece_backward(x, branch, run, grads, progress=progress)
         for (_, exchange), flight in zip(exchanges, flights, strict=True):
             exchange.finish_adjoint(flight, grads.dk, grads.dv)
+        plan.seconds_waited += sum(flight.seconds_waited for flight in flights)
         return grads.dq.to(q.dtype), grads.dk.to(k.dtype), grads.dv.to(v.dtype), None, None, None
 
 

@@ -7,6 +7,7 @@ makes every dtype alike and keeps counts far below 2**31.
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,13 @@ class Pending:
         What MPI reads and writes: the tensors themselves, or their copies in pinned host memory.
     device : torch.device
         Where the result belongs.
+
+    Attributes
+    ----------
+    bytes_received : int
+        Bytes that arrive from all ranks.
+    seconds_waited : float
+        Seconds that `finish` found nothing better to do than wait.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class Pending:
         self._sendbuf: torch.Tensor | None = sendbuf
         self._recvbuf = recvbuf
         self._device = device
+        self.seconds_waited = 0.0
         self.bytes_received = recvbuf.numel() * recvbuf.element_size()
 
     def test(self) -> bool:
@@ -55,7 +64,9 @@ class Pending:
 
     def finish(self) -> torch.Tensor:
         """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device."""
+        started = time.perf_counter()
         self._request.Wait()
+        self.seconds_waited = time.perf_counter() - started
         self._sendbuf = None
         return self._recvbuf.to(self._device, non_blocking=True)
 
