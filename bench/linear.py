@@ -3,7 +3,7 @@
     python bench/linear.py --out bench/records/linear.jsonl
 
 Each length runs in a process of its own, so that peak memory is that length's. Prints a line a length, then
-the exponents fitted to time and to memory (above that of an empty process) over length; 1 is linear.
+the exponents fitted to time and to memory (above that after one warm-up pass of 1,024 tokens) over length; 1 is linear.
 """
 
 import argparse

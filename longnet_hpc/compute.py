@@ -75,7 +75,7 @@ class Compute:
     def plan(self) -> SequencePlan:
         """Agree on the slices with the other ranks. Collective."""
         return SequencePlan.build(
-            self._model.pattern, len(self.slice_of), comm=self._launch.comm, backend=self._backend
+            self._model.pattern, len(self.slice_of), comm=self._launch.comm, backend=self._backend, device=self.device
         )
 
     def autocast(self) -> AbstractContextManager[object]:

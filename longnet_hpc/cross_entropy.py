@@ -13,13 +13,40 @@ from torch.autograd.function import once_differentiable
 
 from longnet_hpc.errors import ShapeError
 
-__all__ = ["cross_entropy", "token_losses"]
+__all__ = ["check_targets", "cross_entropy", "token_losses"]
 
 IGNORE_INDEX = -100
 """Target that does not count, as in torch.nn.functional.cross_entropy."""
 PIECE_LOGITS = 1 << 25
 """Logits that exist at once by default."""
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def check_targets(targets: torch.Tensor, vocab_size: int, *, ignore_index: int = IGNORE_INDEX) -> None:
+    """Raise unless every target is ``ignore_index`` or in ``[0, vocab_size)``; waits for the device.
+
+    Parameters
+    ----------
+    targets : torch.Tensor
+        Integers of any shape.
+    vocab_size : int
+        Number of tokens.
+    ignore_index : int
+        Target that adds nothing.
+
+    Raises
+    ------
+    ShapeError
+        If a target is outside, with its value; or if they are not integers.
+    """
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ShapeError(f"targets must be integers, got {targets.dtype}")
+    if targets.numel() == 0:
+        return
+    wide = targets.long()
+    low, high = (int(extreme) for extreme in torch.aminmax(wide.masked_fill(wide == ignore_index, 0)))
+    if low < 0 or high >= vocab_size:
+        raise ShapeError(f"target {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
 
 
 def cross_entropy(
@@ -42,7 +69,8 @@ def cross_entropy(
     weight : torch.Tensor
         ``(vocab_size, embed_dim)``.
     targets : torch.Tensor
-        Integers of shape ``hidden.shape[:-1]``, each ``ignore_index`` or in ``[0, vocab_size)``.
+        Integers of shape ``hidden.shape[:-1]``, each ``ignore_index`` or in ``[0, vocab_size)``: see `check_targets`,
+        which this does not call, since it waits for the device.
     ignore_index : int
         Target that adds nothing.
     piece_tokens : int, optional
@@ -94,8 +122,9 @@ class _Piece:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> None:
         self.hidden = hidden
+        targets = targets.long()  # a narrow dtype would wrap ignore_index
         self.ignored = targets == ignore_index
-        self.targets = targets.masked_fill(self.ignored, 0).long().unsqueeze(1)
+        self.targets = targets.masked_fill(self.ignored, 0).unsqueeze(1)
         logits = _product(hidden, weight.T)
         self.log_probabilities = logits.sub_(logits.logsumexp(-1, keepdim=True))
         self.losses = -self.log_probabilities.gather(1, self.targets).squeeze(1).masked_fill_(self.ignored, 0.0)
@@ -137,18 +166,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        hidden_grads = []
+        hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad else None
+        start = 0
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
         weight_operand = weight.to(dtype)
         for piece in _pieces(hidden, weight_operand, targets, ignore_index, piece_tokens, dtype):
             total += piece.losses.sum(dtype=torch.float64)
-            if weight_grad is not None:
+            if weight_grad is not None and hidden_grad is not None:
                 grad = piece.logits_gradient().to(dtype)
-                hidden_grads.append(_product(grad, weight_operand).to(hidden.dtype))
+                rows = slice(start, start + len(grad))
+                hidden_grad.view(-1, hidden.shape[-1])[rows] = _product(grad, weight_operand)
                 weight_grad += _product(grad.T, piece.hidden)
-        if weight_grad is not None:
-            ctx.save_for_backward(torch.cat(hidden_grads).view(hidden.shape), weight_grad.to(weight.dtype))
+                start = rows.stop
+        if weight_grad is not None and hidden_grad is not None:
+            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype))
         return total
 
     @staticmethod

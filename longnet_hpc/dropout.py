@@ -5,32 +5,14 @@ So the mask is the same on any number of ranks and when a block is recomputed un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-__all__ = ["PositionDropout", "position_dropout"]
+__all__ = ["position_dropout"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _PIECE_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class PositionDropout:
-    """Dropout of one forward pass; call it with the number of the place in the model."""
-
-    probability: float
-    """Probability of zeroing an activation; 0 in evaluation."""
-    seed: int
-    """Seed of this forward pass, the same on all ranks and different for each step."""
-    start: int
-    """Global position of the first token."""
-
-    def __call__(self, x: torch.Tensor, site: int) -> torch.Tensor:
-        """Apply `position_dropout` to ``x`` ``(batch, local_len, features)``."""
-        return position_dropout(x, self.probability, seed=self.seed, site=site, start=self.start)
 
 
 def position_dropout(x: torch.Tensor, probability: float, *, seed: int, site: int, start: int) -> torch.Tensor:

@@ -12,6 +12,8 @@ _LAUNCHERS = (
     ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("MPICH's mpirun or srun --mpi=pmi2", "PMI_RANK", "PMI_SIZE"),
     ("PALS", "PALS_RANKID", "PALS_SIZE"),
+    ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
@@ -29,6 +31,6 @@ def environment_size() -> int:
 def launcher_environment() -> tuple[str, int, int]:
     """Return the launcher in words, this process's rank, and the number of ranks; 'nothing', 0 and 1 without one."""
     for launcher, rank, size in _LAUNCHERS:
-        if rank in os.environ and size in os.environ:
+        if os.environ.get(rank, "").isdecimal() and os.environ.get(size, "").isdecimal():
             return launcher, int(os.environ[rank]), int(os.environ[size])
     return "nothing", 0, 1

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longnet_hpc.config import LongNetConfig
-from longnet_hpc.cross_entropy import cross_entropy, token_losses
+from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.dropout import position_dropout
-from longnet_hpc.errors import ShapeError
+from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.parallel import SequencePlan
 from longnet_hpc.positions import POSITIONS, Rotation
 
@@ -141,29 +141,57 @@ class LongNet(nn.Module):
         Raises
         ------
         ShapeError
-            If the tokens are not two-dimensional integers within the vocabulary.
+            If the tokens are not two-dimensional integers within the vocabulary, or ranks are about to do different
+            things (batch, dtype, dropout, what needs a gradient). All ranks raise it.
         ConfigError
             If xPos cannot reach this far.
         """
-        config = self.config
-        if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
-            raise ShapeError(f"tokens must be integers (batch, seq), got {tokens.dtype} {tuple(tokens.shape)}")
-        if tokens.numel():
-            low, high = (int(extreme) for extreme in torch.aminmax(tokens))
-            if low < 0 or high >= config.vocab_size:
-                outside = low if low < 0 else high
-                raise ShapeError(f"token {outside} is outside the vocabulary of {config.vocab_size}")
+        return self._hidden(tokens, self._agreed_plan(plan, tokens, None, dropout_seed), dropout_seed)
+
+    def _agreed_plan(
+        self, plan: SequencePlan | None, tokens: torch.Tensor, targets: torch.Tensor | None, dropout_seed: int
+    ) -> SequencePlan:
+        """Check what the caller passed, agree with the other ranks on it, and return the plan."""
+        error: LongNetError | None = None
+        try:
+            _check_tokens(tokens, self.config.vocab_size)
+            if plan is None:
+                plan = SequencePlan.build(self.config.pattern, tokens.shape[1], device=tokens.device)
+            if tokens.shape[1] != plan.local_len:
+                raise ShapeError(f"this rank owns {plan.local_len} tokens of the plan, got {tokens.shape[1]}")
+            if targets is not None:
+                if targets.shape != tokens.shape:
+                    raise ShapeError(f"targets must be shaped {tuple(tokens.shape)}, got {tuple(targets.shape)}")
+                check_targets(targets, self.config.vocab_size)
+        except LongNetError as caught:
+            error = caught
         if plan is None:
-            plan = SequencePlan.build(config.pattern, tokens.shape[1])
-        if tokens.shape[1] != plan.local_len:
-            raise ShapeError(f"this rank owns {plan.local_len} tokens of the plan, got {tokens.shape[1]}")
+            assert error is not None
+            raise error
+        facts: dict[str, object] = {}
+        if error is None:
+            wants_grad = torch.is_grad_enabled()
+            facts = {
+                "batch": tokens.shape[0],
+                "dtype": self._computed_in(tokens.device),
+                "dropout_seed": dropout_seed,
+                "training": self.training,
+                "activation checkpointing": self.activation_checkpointing,
+                "parameters that need a gradient": wants_grad and sum(p.requires_grad for p in self.parameters()),
+            }
+        plan.agree(facts, error)
+        return plan
+
+    def _computed_in(self, device: torch.device) -> torch.dtype:
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else self.embedding.weight.dtype
+
+    def _hidden(self, tokens: torch.Tensor, plan: SequencePlan, dropout_seed: int) -> torch.Tensor:
+        config = self.config
         x = self.embedding(tokens.long()) * math.sqrt(config.embed_dim)
-        if torch.is_autocast_enabled(tokens.device.type):
-            computed_in = torch.get_autocast_dtype(tokens.device.type)
-        else:
-            computed_in = x.dtype
+        computed_in, device = self._computed_in(tokens.device), tokens.device
         rotation = POSITIONS[config.positions](
-            plan.start, plan.local_len, plan.seq_len, config.head_dim, config.rotary_base, computed_in, tokens.device
+            plan.start, plan.local_len, plan.seq_len, config.head_dim, config.rotary_base, computed_in, device
         )
         x = position_dropout(x, config.dropout if self.training else 0.0, seed=dropout_seed, site=0, start=plan.start)
         for block in self.blocks:
@@ -174,9 +202,9 @@ class LongNet(nn.Module):
         normed: torch.Tensor = self.norm(x)
         return normed
 
-    def forward(self, tokens: torch.Tensor, plan: SequencePlan | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
         """Return logits ``(batch, local_len, vocab_size)``, float32 or float64; arguments as in `hidden`."""
-        hidden = self.hidden(tokens, plan)
+        hidden = self.hidden(tokens, plan, dropout_seed=dropout_seed)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(wide), self.head.weight.to(wide))
@@ -186,15 +214,28 @@ class LongNet(nn.Module):
     ) -> torch.Tensor:
         """Return the summed negative log-likelihood of this rank's targets in nats; arguments as in `hidden`.
 
-        ``targets`` is shaped as ``tokens``; -100 is left out.
+        ``targets`` is shaped as ``tokens``; -100 is left out, and any other value outside the vocabulary is a
+        ShapeError on all ranks.
         """
-        hidden = self.hidden(tokens, plan, dropout_seed=dropout_seed)
+        hidden = self._hidden(tokens, self._agreed_plan(plan, tokens, targets, dropout_seed), dropout_seed)
         return cross_entropy(hidden, self.head.weight, targets)
 
     @torch.no_grad()
     def token_losses(
-        self, tokens: torch.Tensor, targets: torch.Tensor, plan: SequencePlan | None = None
+        self, tokens: torch.Tensor, targets: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0
     ) -> torch.Tensor:
-        """Return the negative log-likelihood of each target in nats, ``(batch, local_len)``; arguments as in `loss`."""
-        hidden = self.hidden(tokens, plan)
+        """Return the negative log-likelihood of each target in nats, ``(batch, local_len)``; arguments as in `loss`.
+
+        Without a gradient. Dropout is off only in evaluation, as everywhere.
+        """
+        hidden = self._hidden(tokens, self._agreed_plan(plan, tokens, targets, dropout_seed), dropout_seed)
         return token_losses(hidden, self.head.weight, targets)
+
+
+def _check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
+    if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
+        raise ShapeError(f"tokens must be integers (batch, seq), got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.numel():
+        low, high = (int(extreme) for extreme in torch.aminmax(tokens))
+        if low < 0 or high >= vocab_size:
+            raise ShapeError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

@@ -92,6 +92,10 @@ class DilatedAttention(nn.MultiheadAttention):
         self.softmax_scale = softmax_scale
         self.backend = backend
         self._shared_comm = _Shared(comm)
+
+    def _reset_parameters(self) -> None:
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
         # In evaluation nn.TransformerEncoderLayer computes dense attention itself from the parameters of a module whose
         # packed projection it trusts; this keeps it from going around `forward`.
         self._qkv_same_embed_dim = False
@@ -201,6 +205,8 @@ class DilatedAttention(nn.MultiheadAttention):
         ):
             if x.shape[-1] != width:
                 raise ShapeError(f"{name} must be {width} wide, got {x.shape[-1]}")
+            if x.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ShapeError(f"{name} must be {self.out_proj.weight.dtype} as the weights are, got {x.dtype}")
         if key_padding_mask is not None:
             raise ConfigError("key_padding_mask is not supported by dilated attention; cut sequences to one length")
         if need_weights:

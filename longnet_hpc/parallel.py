@@ -1,38 +1,27 @@
-"""Sequence-parallel dilated attention: pattern + partition + attention + communication.
-
-Forward: start the exchanges of spanning segments, compute every piece against the keys of its own slice meanwhile, then
-let the queries of spanning pieces see the rows that arrived. Backward: the same in reverse, with the merged statistics.
-"""
+"""Sequence-parallel dilated attention: pattern + partition + attention + communication."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from longnet_hpc.attention import choose_backend
-from longnet_hpc.attention.branch import (
-    Gradients,
-    Inputs,
-    Merged,
-    Rows,
-    piece_backward,
-    piece_forward,
-    rows_backward,
-    rows_forward,
-)
-from longnet_hpc.comm import allgather_objects, groups_of, rank_and_size
-from longnet_hpc.comm.transport import transport_of
+from longnet_hpc.comm import agree_on, groups_of, rank_and_size
+from longnet_hpc.comm.transport import decide_transport, is_decided
 from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.exchange import SpanExchange
+from longnet_hpc.mixture import mixture
 from longnet_hpc.partition import Partition, Run, SpanLayout, rank_groups
 from longnet_hpc.pattern import Branch, Pattern
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from longnet_hpc.comm.buffers import Pending
 
 __all__ = ["SequencePlan", "dilated_attention"]
 
@@ -90,27 +79,32 @@ def dilated_attention(
     PatternError
         If w or r is below 1 or the lists differ in length.
     ShapeError
-        If shapes, dtypes or devices do not fit together, on this rank or between ranks.
+        If shapes, dtypes or devices do not fit together, on this rank or between ranks, or the ranks disagree about
+        anything else that must be alike (whether a gradient is wanted, too). All ranks raise it.
     BackendError
         If a forced backend cannot compute this.
     """
     error: LongNetError | None = None
-    signature: tuple[Any, ...] = ()
+    pattern: Pattern | None = None
+    facts: dict[str, object] = {}
     try:
         pattern = Pattern.from_lists(segment_lengths, dilation_rates)
         _check_shapes(q, k, v)
         choose_backend(backend, q.device, q.dtype, q.shape[-1])
-        signature = (pattern, q.shape[0], q.shape[2:], k.shape[2], q.dtype, q.device.type, causal, softmax_scale)
+        facts = {
+            "batch": q.shape[0],
+            "heads": q.shape[2],
+            "kv_heads": k.shape[2],
+            "head_dim": q.shape[3],
+            "dtype": q.dtype,
+            "causal": causal,
+            "softmax_scale": _scale(softmax_scale, q.shape[3]),
+            "gradient wanted": torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+        }
     except LongNetError as caught:
         error = caught
-    plan = SequencePlan.build(
-        pattern if error is None else None,
-        q.shape[1] if q.dim() == 4 else 0,
-        comm=comm,
-        backend=backend,
-        error=error,
-        signature=signature,
-    )
+    local_len = q.shape[1] if error is None else 0
+    plan = SequencePlan.build(pattern, local_len, comm=comm, backend=backend, device=q.device, error=error, facts=facts)
     out, lse = plan.attend(q, k, v, causal=causal, softmax_scale=softmax_scale)
     return (out, lse) if return_lse else out
 
@@ -130,6 +124,8 @@ class SequencePlan:
         Name of the attention backend, or ``auto``.
     bytes_received : int
         Bytes that this rank has received in exchanges of attention so far, forward and backward.
+    seconds_tested : float
+        Seconds that this rank has spent in MPI between kernels, to drive exchanges.
     seconds_waited : float
         Seconds that this rank has waited for exchanges that computing did not hide.
     """
@@ -140,7 +136,9 @@ class SequencePlan:
         self.rank = rank_and_size(comm)[0]
         self.backend = backend
         self.bytes_received = 0
+        self.seconds_tested = 0.0
         self.seconds_waited = 0.0
+        self._comm = comm
         self._groups = None
         if comm is not None and comm.size > 1:
             self._groups = groups_of(comm)
@@ -155,8 +153,9 @@ class SequencePlan:
         *,
         comm: MPI.Comm | None = None,
         backend: str = "auto",
+        device: torch.device | str = "cpu",
         error: LongNetError | None = None,
-        signature: tuple[Any, ...] = (),
+        facts: Mapping[str, object] | None = None,
     ) -> SequencePlan:
         """Agree with the other ranks on the slices of a sequence, and return the plan for them.
 
@@ -170,32 +169,30 @@ class SequencePlan:
             Ranks that share the sequence.
         backend : str
             Name of the attention backend.
+        device : torch.device or str
+            Where the tensors will lie.
         error : LongNetError, optional
             What is wrong on this rank, if anything; all ranks then raise it.
-        signature : tuple
-            Whatever else must be equal on all ranks.
+        facts : mapping, optional
+            Whatever else must be equal on all ranks, by name.
 
         Returns
         -------
         SequencePlan
-            The same object for the same arguments. Collective.
+            The same object for the same arguments, while it is among the last `MAX_PLANS`. Collective.
 
         Raises
         ------
         ShapeError
             If the ranks disagree.
         """
-        answers = allgather_objects(comm, (error, local_len, (pattern, backend, *signature)))
-        for other_error, _, _ in answers:
-            if other_error is not None:
-                raise other_error
-        for other, answer in enumerate(answers):
-            if answer[2] != answers[0][2]:
-                raise ShapeError(f"rank {other} disagrees with rank 0: {_difference(answer[2], answers[0][2])}")
+        device_type = torch.device(device).type
+        alike = {"pattern": pattern, "backend": backend, "device": device_type, **(facts or {})}
+        answers = agree_on(comm, alike, (local_len, is_decided()), error)
         assert pattern is not None
-        partition = Partition.from_lengths([answer[1] for answer in answers])
-        if torch.cuda.is_available() and comm is not None:
-            transport_of(comm)
+        partition = Partition.from_lengths([length for length, _ in answers])
+        if device_type == "cuda" and comm is not None and not all(decided for _, decided in answers):
+            decide_transport(comm)
         key = (pattern, partition, backend)
         plans = _PLANS if comm is None else groups_of(comm).plans
         if len(plans) >= MAX_PLANS:
@@ -204,6 +201,23 @@ class SequencePlan:
             plans[key] = cls(pattern, partition, comm, backend)
         plan: SequencePlan = plans[key]
         return plan
+
+    def agree(self, facts: Mapping[str, object], error: LongNetError | None = None) -> None:
+        """Make sure that no rank has failed and that all are about to do the same.
+
+        Parameters
+        ----------
+        facts : mapping
+            Values that must be equal on all ranks, by name.
+        error : LongNetError, optional
+            What is wrong on this rank, if anything; all ranks then raise it.
+
+        Raises
+        ------
+        ShapeError
+            If the ranks disagree. Collective.
+        """
+        agree_on(self._comm, facts, None, error)
 
     @property
     def start(self) -> int:
@@ -221,14 +235,21 @@ class SequencePlan:
         return self.partition.seq_len
 
     @cached_property
-    def pieces(self) -> tuple[tuple[Branch, Run], ...]:
-        """Every piece of a segment in this rank's slice, branch by branch."""
-        return tuple((branch, run) for branch in self.pattern for run in self.partition.runs(branch, self.rank))
+    def pieces(self) -> tuple[tuple[int, Branch, Run], ...]:
+        """Every piece of a segment in this rank's slice, branch by branch, with the number of its branch."""
+        return tuple(
+            (index, branch, run)
+            for index, branch in enumerate(self.pattern)
+            for run in self.partition.runs(branch, self.rank)
+        )
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
     ) -> torch.Tensor:
         """Compute `dilated_attention` over the sequence of this plan. Collective, forward and backward.
+
+        Unlike there, ranks do not ask each other first whether they are about to do the same: that is the caller's to
+        know, once for many calls (`agree`), and an error is raised on this rank alone.
 
         Parameters
         ----------
@@ -249,19 +270,36 @@ class SequencePlan:
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do as `attention`, and return the log-sum-exp ``(batch, local_len, heads)`` as well."""
+        """Do as `attention`, and return the log-sum-exp as well.
+
+        Parameters
+        ----------
+        q, k, v, causal, softmax_scale
+            As for `attention`.
+
+        Returns
+        -------
+        out, lse : torch.Tensor
+            ``(batch, local_len, heads, head_dim)`` and ``(batch, local_len, heads)``.
+
+        Raises
+        ------
+        ShapeError
+            If the shapes do not fit the plan or each other, on this rank alone.
+        """
         _check_shapes(q, k, v)
         if q.shape[1] != self.local_len:
             raise ShapeError(f"rank {self.rank} owns {self.local_len} tokens of this plan, got {q.shape[1]}")
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-        # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = _DilatedAttention.apply(q, k, v, self, causal, scale)
-        return out, lse
+        return mixture(q, k, v, self, causal=causal, scale=_scale(softmax_scale, q.shape[3]))
 
     def exchanges(self, heads: int, kv_heads: int, *, causal: bool) -> tuple[tuple[Branch, SpanExchange], ...]:
         """Return this rank's exchanges, in the order in which all ranks start them."""
         return self._exchanges(heads, kv_heads, causal)
+
+    def count_seconds(self, flights: Sequence[Pending]) -> None:
+        """Add what finished exchanges took of this rank's time."""
+        self.seconds_tested += sum(flight.seconds_tested for flight in flights)
+        self.seconds_waited += sum(flight.seconds_waited for flight in flights)
 
     def _make_exchanges(self, heads: int, kv_heads: int, causal: bool) -> tuple[tuple[Branch, SpanExchange], ...]:
         return tuple(
@@ -277,95 +315,9 @@ class SequencePlan:
         )
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLANS: dict[Any, SequencePlan] = {}
 MAX_PLANS = 256
-
-
-class _DilatedAttention(torch.autograd.Function):
-    """Forward and backward of the mixture; nothing per branch is saved but the rows that came from other ranks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SequencePlan, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _inputs(q, k, v, plan, causal, scale)
-        exchanges = plan.exchanges(q.shape[2], k.shape[2], causal=causal)
-        flights = [exchange.start(k, v) for _, exchange in exchanges]
-        plan.bytes_received += sum(flight.bytes_received for flight in flights)
-
-        def progress() -> None:
-            for flight in flights:
-                flight.test()
-
-        wide = _wide(q.dtype)
-        merged = Merged(
-            out=torch.zeros(q.shape, dtype=wide, device=q.device),
-            lse=torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device),
-        )
-        for branch, run in plan.pieces:
-            piece_forward(x, branch, run, merged, first=branch is plan.pattern.branches[0], progress=progress)
-        arrived: list[Rows] = []
-        for (branch, exchange), flight in zip(exchanges, flights, strict=True):
-            arrived.append(exchange.finish(flight, k))
-            rows_forward(x, branch, exchange.layout.piece, arrived[-1], merged)
-            progress()
-        plan.seconds_waited += sum(flight.seconds_waited for flight in flights)
-
-        out = merged.out.to(q.dtype)
-        ctx.plan, ctx.causal, ctx.scale = plan, causal, scale
-        ctx.row_offsets = [tuple(rows) for rows in arrived]
-        ctx.save_for_backward(
-            q, k, v, out, merged.lse, *(t for rows in arrived for pair in rows.values() for t in pair)
-        )
-        ctx.mark_non_differentiable(merged.lse)
-        return out, merged.lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *out_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, *row_tensors = ctx.saved_tensors
-        plan: SequencePlan = ctx.plan
-        x = _inputs(q, k, v, plan, ctx.causal, ctx.scale)
-        wide = _wide(q.dtype)
-        grads = Gradients(
-            dout=out_grads[0].contiguous(),
-            out=out,
-            lse=lse,
-            dq=torch.zeros(q.shape, dtype=wide, device=q.device),
-            dk=torch.zeros(k.shape, dtype=wide, device=q.device),
-            dv=torch.zeros(v.shape, dtype=wide, device=q.device),
-        )
-        exchanges = plan.exchanges(q.shape[2], k.shape[2], causal=ctx.causal)
-        flights = []
-        tensors = iter(row_tensors)
-        for (branch, exchange), offsets in zip(exchanges, ctx.row_offsets, strict=True):
-            rows = {offset: (next(tensors), next(tensors)) for offset in offsets}
-            row_grads = rows_backward(x, branch, exchange.layout.piece, rows, grads)
-            flights.append(exchange.start_adjoint(row_grads, k))
-        plan.bytes_received += sum(flight.bytes_received for flight in flights)
-
-        def progress() -> None:
-            for flight in flights:
-                flight.test()
-
-        for branch, run in plan.pieces:
-            piece_backward(x, branch, run, grads, progress=progress)
-        for (_, exchange), flight in zip(exchanges, flights, strict=True):
-            exchange.finish_adjoint(flight, grads.dk, grads.dv)
-        plan.seconds_waited += sum(flight.seconds_waited for flight in flights)
-        return grads.dq.to(q.dtype), grads.dk.to(k.dtype), grads.dv.to(v.dtype), None, None, None
-
-
-def _inputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SequencePlan, causal: bool, scale: float
-) -> Inputs:
-    backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    return Inputs(q, k, v, backend=backend, causal=causal, scale=scale)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -376,13 +328,18 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ShapeError(f"k and v must be shaped alike and agree with q in batch, seq and head_dim, got {shapes}")
     if q.shape[2] < 1 or q.shape[3] < 1 or k.shape[2] < 1 or q.shape[2] % k.shape[2]:
         raise ShapeError(f"the key/value heads must divide the query heads, at least 1 of each, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise ShapeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
+        raise ShapeError(
+            f"q, k and v must share one of float64, float32, bfloat16 and float16, "
+            f"got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     if not q.device == k.device == v.device:
         raise ShapeError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
 
 
-def _difference(mine: tuple[Any, ...], theirs: tuple[Any, ...]) -> str:
-    """Return the first pair of values that differ, as words."""
-    pairs = zip(mine, theirs, strict=False)
-    return next((f"{a} is not {b}" for a, b in pairs if a != b), f"{len(mine)} values are not {len(theirs)}")
+def _scale(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return float(head_dim**-0.5)
+    if not isinstance(softmax_scale, (int, float)) or not math.isfinite(softmax_scale):
+        raise ShapeError(f"softmax_scale must be a finite number, got {softmax_scale!r}")
+    return float(softmax_scale)

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from longnet_hpc.errors import PartitionError
 from longnet_hpc.pattern import Branch, Pattern
 
-__all__ = ["Partition", "Run", "Span", "communicator_rounds", "rank_groups"]
+__all__ = ["Partition", "Run", "Span", "SpanLayout", "communicator_rounds", "rank_groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,13 @@ class Partition:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int]) -> Partition:
-        """Lay slices of the given lengths (tokens) end to end."""
+        """Lay slices of the given lengths (tokens) end to end.
+
+        Raises
+        ------
+        PartitionError
+            If a length is negative.
+        """
         if any(length < 0 for length in lengths):
             raise PartitionError(f"slice lengths must be at least 0 tokens, got {tuple(lengths)}")
         return cls((0, *accumulate(lengths)))
@@ -157,14 +163,19 @@ class Partition:
         if start == stop:
             return ()
         w = branch.segment_length
-        spans = []
-        for segment in sorted({start // w, (stop - 1) // w}):
-            span = self._span(segment * w, min(segment * w + w, self.seq_len))
-            if len(span.ranks) > 1:
-                spans.append(span)
-        return tuple(spans)
+        return self._spans_among(w, {start // w, (stop - 1) // w})
 
-    def _span(self, start: int, stop: int) -> Span:
+    def all_spans(self, branch: Branch) -> tuple[Span, ...]:
+        """Return every spanning segment, in sequence order: those with a bound between ranks inside them."""
+        w = branch.segment_length
+        return self._spans_among(w, {bound // w for bound in self.bounds[1:-1] if bound % w})
+
+    def _spans_among(self, segment_length: int, segments: set[int]) -> tuple[Span, ...]:
+        spans = (self._span(segment * segment_length, segment_length) for segment in sorted(segments))
+        return tuple(span for span in spans if len(span.ranks) > 1)
+
+    def _span(self, start: int, segment_length: int) -> Span:
+        stop = min(start + segment_length, self.seq_len)
         ranks, pieces = [], []
         for rank in range(bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop)):
             low, high = max(start, self.bounds[rank]), min(stop, self.bounds[rank + 1])
@@ -176,16 +187,7 @@ class Partition:
 
 def rank_groups(pattern: Pattern, partition: Partition) -> tuple[tuple[int, ...], ...]:
     """Return the distinct groups of ranks that share a spanning segment, ascending; the same on every rank."""
-    return tuple(
-        sorted(
-            {
-                span.ranks
-                for branch in pattern
-                for rank in range(partition.size)
-                for span in partition.spans(branch, rank)
-            }
-        )
-    )
+    return tuple(sorted({span.ranks for branch in pattern for span in partition.all_spans(branch)}))
 
 
 def communicator_rounds(groups: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

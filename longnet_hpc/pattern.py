@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 
 from longnet_hpc.errors import PatternError
 
@@ -36,10 +37,13 @@ class Branch:
 
     def __post_init__(self) -> None:
         for name, value in (("segment length", self.segment_length), ("dilation rate", self.dilation_rate)):
-            if not isinstance(value, int) or isinstance(value, bool):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise PatternError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise PatternError(f"{name} must be at least 1, got {value}")
+        # NumPy's integers and torch's become Python's, which never wrap.
+        object.__setattr__(self, "segment_length", index(self.segment_length))
+        object.__setattr__(self, "dilation_rate", index(self.dilation_rate))
 
     def offsets(self, heads: int) -> range:
         """Return the head offsets that occur among ``heads`` heads and have positions on their grid."""
@@ -62,11 +66,17 @@ class Pattern:
     ----------
     branches : tuple of Branch
         At least one; a key that two branches offer counts twice.
+
+    Raises
+    ------
+    PatternError
+        If there is no branch.
     """
 
     branches: tuple[Branch, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "branches", tuple(self.branches))
         if not self.branches:
             raise PatternError("a pattern needs at least 1 branch, got 0")
 
@@ -88,8 +98,11 @@ class Pattern:
         Raises
         ------
         PatternError
-            If the lists differ in length, are empty, or hold a value below 1.
+            If the lists differ in length, are empty, or hold anything but integers of at least 1.
         """
+        for name, values in (("segment lengths", segment_lengths), ("dilation rates", dilation_rates)):
+            if not hasattr(values, "__iter__") or not hasattr(values, "__len__"):
+                raise PatternError(f"{name} must be a list of integers, one a branch, got {values!r}")
         if len(segment_lengths) != len(dilation_rates):
             raise PatternError(
                 f"segment lengths and dilation rates must pair up, got {len(segment_lengths)} and {len(dilation_rates)}"

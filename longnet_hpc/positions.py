@@ -33,11 +33,6 @@ class Rotation:
     key: torch.Tensor
     """Shaped as the factors of the queries."""
 
-    @property
-    def cos(self) -> torch.Tensor:
-        """Cosine of the angle, times the scale of the queries where there is one."""
-        return self.query.real
-
     def apply(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate features (2i, 2i + 1) of queries and keys, in float32 or wider, and return them in their own dtype.
 
@@ -50,7 +45,7 @@ class Rotation:
 
 
 def _multiply(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    pairs = x.to(factor.real.dtype).unflatten(-1, (-1, 2))
+    pairs = x.to(factor.real.dtype).contiguous().unflatten(-1, (-1, 2))
     rotated: torch.Tensor = torch.view_as_real(torch.view_as_complex(pairs) * factor).flatten(-2)
     return rotated.to(x.dtype)
 

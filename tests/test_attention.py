@@ -1,3 +1,6 @@
+import math
+
+import numpy
 import oracle
 import pytest
 import torch
@@ -5,8 +8,9 @@ from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longnet_hpc import dilated_attention
+from longnet_hpc import Pattern, SequencePlan, dilated_attention
 from longnet_hpc.errors import BackendError, PatternError, ShapeError
+from longnet_hpc.pattern import Branch
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
@@ -137,6 +141,10 @@ def test_no_dense_temporary_is_saved_per_branch():
         ({"k": torch.zeros(1, 8, 3, 4), "v": torch.zeros(1, 8, 3, 4)}, ShapeError, "must divide"),
         ({"k": torch.zeros(1, 8, 4, 4).double()}, ShapeError, "float64"),
         ({"q": torch.zeros(1, 8, 4, 4).int()}, ShapeError, "int32"),
+        ({"q": torch.zeros(1, 8, 4, 4).to(torch.float8_e5m2)}, ShapeError, "float8_e5m2"),
+        ({"segment_lengths": 8}, PatternError, "must be a list of integers, one a branch, got 8"),
+        ({"softmax_scale": math.nan}, ShapeError, "finite number, got nan"),
+        ({"softmax_scale": "x"}, ShapeError, "finite number, got 'x'"),
         ({"backend": "magic"}, BackendError, "'magic'"),
     ],
 )
@@ -154,5 +162,21 @@ def test_autocast_does_not_lower_the_products_of_attention():
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out = dilated_attention(*leaves, [16, 40], [1, 2], causal=True, backend="reference")
-        results.append((out, *torch.autograd.grad(out.float().sum(), leaves)))
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(*results, atol=0, rtol=0)
+
+
+def test_branch_that_is_one_object_twice_counts_twice():
+    branch = Branch(8, 1)
+    x = torch.randn(1, 8, 2, 4)
+    (once, lse_once), (twice, lse_twice) = (
+        SequencePlan.build(Pattern(branches), 8).attend(x, x, x, causal=False)
+        for branches in ((branch,), [branch, branch])
+    )
+    torch.testing.assert_close(twice, once)
+    torch.testing.assert_close(lse_twice, lse_once + math.log(2))
+
+
+def test_integers_of_numpy_are_integers():
+    assert Branch(numpy.int64(8), numpy.uint8(2)) == Branch(8, 2)
+    assert type(Branch(numpy.int64(8), 2).segment_length) is int

@@ -73,6 +73,14 @@ def test_only_what_needs_a_gradient_gets_one():
     torch.testing.assert_close(weight.grad, torch.autograd.grad(torch_loss(hidden, weight, targets), weight)[0])
 
 
+def test_narrow_target_that_would_wrap_to_the_ignored_one_counts():
+    hidden, weight = torch.randn(3, 4), torch.randn(200, 4)
+    targets = torch.tensor([156, 0, 199], dtype=torch.uint8)  # 156 is -100 modulo 256
+    expected = F.cross_entropy(hidden @ weight.T, targets.long(), reduction="none")
+    torch.testing.assert_close(token_losses(hidden, weight, targets), expected)
+    torch.testing.assert_close(cross_entropy(hidden, weight, targets).float(), expected.sum())
+
+
 def test_loss_of_each_token_equals_torchs_and_ignored_ones_are_zero():
     hidden, weight, targets = problem()
     expected = torch_loss(hidden, weight, targets, reduction="none").detach()

@@ -93,6 +93,13 @@ def test_each_group_is_made_in_one_round_of_disjoint_groups(groups):
         assert max(Counter(rank for group in members for rank in group).values()) == 1
 
 
+@many
+@given(branch=branches, partition=partitions)
+def test_all_spans_are_those_of_every_rank(branch, partition):
+    expected = {span for rank in range(partition.size) for span in partition.spans(branch, rank)}
+    assert set(partition.all_spans(branch)) == expected
+
+
 def test_rank_groups_of_a_chain_need_two_rounds():
     groups = rank_groups(Pattern.from_lists([10], [1]), Partition.from_lengths([15] * 8))
     assert groups == ((0, 1), (2, 3), (4, 5), (6, 7))

@@ -1,28 +1,26 @@
 """Launching, as its own processes: who notices what, and how fast a failing job ends."""
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from launching import environment
 
 from longnet_hpc.comm import transport
 from longnet_hpc.errors import LaunchError
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
-LAUNCHER_VARIABLES = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_PROCID")
 
 needs_mpirun = pytest.mark.skipif(not MPIRUN.exists(), reason="needs the mpirun of an MPI wheel beside this Python")
 
 
-def run(code, *command, **environment):
-    clean = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+def run(code, *command, **variables):
     started = time.monotonic()
     done = subprocess.run(
         [*command, sys.executable, "-c", code],
-        env=clean | environment,
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=60,
@@ -65,13 +63,42 @@ def test_exception_on_one_rank_ends_all_ranks_with_its_traceback():
     assert done.returncode != 0
     assert "rank 2 of 4 failed and ends the job" in done.stderr
     assert "RuntimeError: a defect" in done.stderr
-    assert seconds < 30  # the start of four interpreters included
+    assert seconds < 30  # the start of four interpreters included; test_bad_input times the end alone
+
+
+@needs_mpirun
+def test_device_that_one_rank_lacks_is_an_error_on_all_ranks():
+    code = (
+        "from longnet_hpc.comm import launch; from longnet_hpc.launcher import environment_rank\n"
+        "from longnet_hpc.errors import LaunchError\n"
+        "try: launch.start(device='cuda' if environment_rank() == 1 else 'cpu')\n"
+        "except LaunchError as error: print(error, flush=True)"
+    )
+    done, _ = run(code, str(MPIRUN), "-n", "3", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("device cuda was asked for") == 3
+
+
+@needs_mpirun
+def test_job_of_another_size_than_the_launcher_said_is_noticed():
+    code = (
+        "import os; os.environ['PMI_SIZE'] = os.environ['OMPI_COMM_WORLD_SIZE'] = '2'\n"
+        "os.environ.setdefault('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK', '0'))\n"
+        "from mpi4py import MPI\n"
+        "os.environ['PMI_SIZE'] = os.environ['OMPI_COMM_WORLD_SIZE'] = '4'\n"
+        "from longnet_hpc.comm.launch import start\n"
+        "try: start(device='cpu')\n"
+        "except ValueError as error: print(error, flush=True)"
+    )
+    done, _ = run(code, str(MPIRUN), "-n", "2")
+    assert done.stdout.count("started 4 ranks, but this MPI library") == 2, done.stderr
 
 
 @needs_mpirun
 def test_ranks_learn_their_place_from_the_launcher():
     code = (
-        "from longnet_hpc.comm.launch import environment_rank, environment_size, start\n"
+        "from longnet_hpc.comm.launch import start\n"
+        "from longnet_hpc.launcher import environment_rank, environment_size\n"
         "seen = environment_rank(), environment_size(); launch = start(device='cpu')\n"
         "assert seen == (launch.rank, launch.size) == (launch.node_rank, 3) and launch.node_size == 3"
     )

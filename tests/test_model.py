@@ -1,5 +1,4 @@
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -9,14 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_hpc import LongNet, LongNetConfig, SequencePlan
 from longnet_hpc import cross_entropy as pieces
 from longnet_hpc.config import PRESETS
-from longnet_hpc.dropout import position_dropout
 from longnet_hpc.errors import ConfigError, ShapeError
-from longnet_hpc.positions import rotary, xpos
 
 MICRO = LongNetConfig(
     vocab_size=17, layers=2, embed_dim=16, heads=4, kv_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 3)
 )
-CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -75,52 +71,10 @@ def test_activation_checkpointing_and_dropout_give_the_same_gradients():
 def test_dropout_is_off_in_evaluation_and_depends_on_the_seed_in_training():
     model, x = micro_model(dropout=0.5), tokens(13)
     assert not torch.equal(model.hidden(x, dropout_seed=1), model.hidden(x, dropout_seed=2))
+    assert not torch.equal(model(x, dropout_seed=1), model(x, dropout_seed=2))
+    losses = [model.token_losses(x, x, dropout_seed=seed) for seed in (1, 2)]
+    assert not torch.equal(*losses)
     assert torch.equal(model.eval().hidden(x, dropout_seed=1), model.hidden(x, dropout_seed=2))
-
-
-def test_dropout_mask_of_slices_is_that_of_the_whole():
-    x = torch.ones(3, 1000, 64)
-    whole = position_dropout(x, 0.3, seed=1, site=2, start=10**9)
-    parts = [position_dropout(x[:, a:b], 0.3, seed=1, site=2, start=10**9 + a) for a, b in ((0, 7), (7, 1000))]
-    assert torch.equal(whole, torch.cat(parts, dim=1))
-    assert (whole == 0).double().mean().item() == pytest.approx(0.3, abs=0.005)
-    assert whole.mean().item() == pytest.approx(1.0, abs=0.01)
-    other = position_dropout(x, 0.3, seed=1, site=3, start=10**9)
-    assert ((whole == 0) & (other == 0)).double().mean().item() == pytest.approx(0.09, abs=0.005)
-
-
-def test_rotary_tells_neighbours_apart_near_a_billion():
-    rotation = rotary(10**9, 3, 2 * 10**9, 8, 10000.0, torch.float32, CPU)
-    for i in range(3):
-        for j in range(4):
-            # Exact reduction of the angle: 10000 ** (-j / 4) is 10 ** -j.
-            angle = float(Fraction(10**9 + i, 10**j) % Fraction(math.pi * 2).limit_denominator(10**30))
-            assert rotation.cos[i, 0, j].item() == pytest.approx(math.cos(angle), abs=1e-6)
-    assert (rotation.cos[1] - rotation.cos[0]).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("encoding", [rotary, xpos])
-def test_scores_depend_on_the_distance_alone(encoding):
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    q, k = q.expand(1, 40, 1, 8), k.expand(1, 40, 1, 8)
-    turned_q, turned_k = encoding(0, 40, 40, 8, 10000.0, torch.float64, CPU).apply(q, k)
-    scores = turned_q[0, :, 0] @ turned_k[0, :, 0].T
-    torch.testing.assert_close(scores[30, 20], scores[15, 5])
-    shifted_q, shifted_k = encoding(100, 40, 200, 8, 10000.0, torch.float64, CPU).apply(q, k)
-    torch.testing.assert_close(shifted_q[0, 30, 0] @ shifted_k[0, 20, 0], scores[30, 20])
-
-
-def test_xpos_decays_with_distance_and_refuses_to_overflow():
-    q = torch.ones(1, 1024, 1, 8, dtype=torch.float64)
-    rotation = xpos(0, 1024, 1024, 8, 1e30, torch.float64, CPU)
-    turned_q, turned_k = rotation.apply(q, q)
-    zeta = (2 * torch.arange(4) + 0.4 * 8) / (1.4 * 8)
-    expected = (zeta.double() ** (1000 / 512) * 2).sum()
-    turned = turned_q[0, 1000, 0] @ turned_k[0, 0, 0]
-    assert turned.item() == pytest.approx(expected.item(), rel=0.2)
-    with pytest.raises(ConfigError, match=r"xPos in float32 overflows beyond 65\d\d\d tokens, got 100000"):
-        xpos(0, 10, 100000, 8, 10000.0, torch.float32, CPU)
-    xpos(0, 10, 65536, 64, 10000.0, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
@@ -152,6 +106,15 @@ def test_bad_tokens_are_one_clear_error(bad, words):
     with pytest.raises(ShapeError) as caught:
         micro_model()(bad)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("target", [17, -1, -99])
+@pytest.mark.parametrize("name", ["loss", "token_losses"])
+def test_target_outside_the_vocabulary_is_one_clear_error(target, name):
+    model, y = micro_model(), tokens(8)
+    y[1, 3] = target
+    with pytest.raises(ShapeError, match=f"target {target} is outside the vocabulary of 17"):
+        getattr(model, name)(tokens(8), y)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from parallel_case import assert_all_close
 
 from longnet_hpc import comm as communication
 from longnet_hpc.comm import RowGather, buffers, collectives
-from longnet_hpc.errors import CorpusError, ShapeError
+from longnet_hpc.comm.transport import decide_transport
+from longnet_hpc.errors import CorpusError, LaunchError, ShapeError
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -60,24 +61,6 @@ def test_row_gather_adjoint_satisfies_the_inner_product_identity(comm):
     row_gather(comm, check)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gather_sequence_joins_slices_and_its_adjoint_fits(comm, dtype):
-    lengths = [3 * rank % 5 for rank in range(comm.size)]
-    whole = normal(2, sum(lengths), 4, seed=1).to(dtype)
-    start = sum(lengths[: comm.rank])
-    x = whole[:, start : start + lengths[comm.rank]].clone().requires_grad_()
-    joined = communication.gather_sequence(comm, x, lengths)
-    y = normal(2, sum(lengths), 4, seed=2 + comm.rank).to(dtype)
-    (gradient,) = torch.autograd.grad(joined, x, y)
-    assert_all_close(comm, [(joined.detach(), whole)], 0.0)
-    expected = sum(normal(2, sum(lengths), 4, seed=2 + r).to(dtype).double() for r in range(comm.size))
-    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
-    assert_all_close(comm, [(gradient, expected[:, start : start + lengths[comm.rank]].to(dtype))], tolerance)
-    if dtype == torch.float64:
-        left, right = dot(comm, joined.detach(), y), dot(comm, x.detach(), gradient)
-        assert abs(left - right) <= 1e-12 * (1 + abs(left))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (1,), (7, 5), (1000, 3), (0,)])
 def test_sum_over_ranks_is_wide_in_rank_order_and_alike_everywhere(comm, dtype, shape):
@@ -97,13 +80,37 @@ def test_sum_over_ranks_is_split_into_buckets(comm, monkeypatch):
     assert_all_close(comm, [(communication.all_reduce_sum(comm, mine), expected)], 0.0)
 
 
-def test_transposed_or_oversized_buffers_are_refused_before_mpi_sees_them(comm, monkeypatch):
+def test_transposed_buffers_are_refused_before_mpi_sees_them(comm):
     counts, starts = [1] * comm.size, [0] * comm.size
     with pytest.raises(ShapeError, match="contiguous"):
         buffers.start_alltoallv(comm, torch.zeros(3, 4).t(), counts, starts, counts)
-    monkeypatch.setattr(buffers, "MAX_COUNT", 1)
-    with pytest.raises(ShapeError, match="at most 1 rows"):
-        buffers.start_alltoallv(comm, torch.zeros(2, 4), counts, starts, counts)
+
+
+def test_buffers_of_an_exchange_that_nobody_finishes_stay(comm):
+    counts, starts = [1000] * comm.size, [0] * comm.size
+    pending = buffers.start_alltoallv(comm, torch.zeros(1000, 4), counts, starts, counts)
+    assert pending in buffers.Pending._in_flight
+    comm.Barrier()
+    abandoned = id(pending)
+    del pending
+    (kept,) = [pending for pending in buffers.Pending._in_flight if id(pending) == abandoned]
+    kept.finish()
+    assert not buffers.Pending._in_flight
+
+
+def test_fact_that_differs_is_named_on_all_ranks(comm):
+    assert communication.agree_on(comm, {"batch": 3}, comm.rank) == list(range(comm.size))
+    with pytest.raises(ShapeError, match="rank 1 disagrees with rank 0: batch 3 is not 2"):
+        communication.agree_on(comm, {"dtype": "any", "batch": 3 if comm.rank else 2}, None)
+    with pytest.raises(CorpusError, match="of rank 1"):
+        communication.agree_on(comm, {}, None, CorpusError("of rank 1") if comm.rank == 1 else None)
+
+
+def test_transport_that_only_one_rank_is_told_is_an_error_on_all_ranks(comm):
+    with pytest.raises(ShapeError, match="transport direct is not staged"):
+        decide_transport(comm, "direct" if comm.rank else "staged")
+    with pytest.raises(LaunchError, match="got 'magic'"):
+        decide_transport(comm, "magic" if comm.rank == 1 else "staged")
 
 
 def test_tensor_that_requires_grad_is_sent_detached(comm):
@@ -134,5 +141,7 @@ def test_groups_are_created_in_rounds_and_freed(comm):
     for pair in pairs:
         if comm.rank in pair:
             assert groups[pair].allgather(comm.rank) == list(pair)
+    mine = list(groups._mine.values())
     groups.free()
-    assert len(groups) == 0
+    assert mine
+    assert all(not made for made in mine)  # a freed communicator is COMM_NULL

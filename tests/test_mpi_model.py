@@ -5,6 +5,7 @@ from test_model import micro_model, tokens
 
 from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan
 from longnet_hpc.comm import all_reduce_sum
+from longnet_hpc.errors import ShapeError
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -45,3 +46,21 @@ def test_pattern_of_the_paper_at_32768_tokens_gives_the_same_loss_and_gradients(
     x, y = (torch.randint(0, 256, (1, 32768)) for _ in range(2))
     lengths = [32768 * (rank + 1) // comm.size - 32768 * rank // comm.size for rank in range(comm.size)]
     check_same_as_one_rank(comm, model, x, y, lengths, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda model, x, y: x.fill_(99), "token 99 is outside the vocabulary of 17"),
+        (lambda model, x, y: y.fill_(-1), "target -1 is outside the vocabulary of 17"),
+        (lambda model, x, y: model.eval(), "training False is not True"),
+        (lambda model, x, y: model.norm.requires_grad_(False), "parameters that need a gradient 41 is not 43"),
+    ],
+)
+def test_fault_on_one_rank_is_an_error_on_all_ranks(comm, spoil, words):
+    model, x, y = micro_model(), tokens(8), tokens(8, seed=1)
+    plan = SequencePlan.build(model.config.pattern, 8, comm=comm)
+    if comm.rank == 1:
+        spoil(model, x, y)
+    with pytest.raises(ShapeError, match=words):
+        model.loss(x, y, plan)

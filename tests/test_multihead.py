@@ -120,6 +120,16 @@ def test_nested_input_of_an_encoder_stack_is_one_clear_error():
         encoder(normal(2, 40, 24), src_key_padding_mask=padding)
 
 
+def test_parameters_can_be_reset_and_another_dtype_is_one_clear_error():
+    module = DilatedAttention(24, 4)
+    before = module.in_proj_weight.clone()
+    module._reset_parameters()
+    assert not torch.equal(before, module.in_proj_weight)
+    x = normal(1, 9, 24)
+    with pytest.raises(ShapeError, match=r"query must be torch\.float32 as the weights are, got torch\.float64"):
+        module(x, x, x)
+
+
 def test_copy_shares_a_communicator_that_cannot_be_copied():
     class Uncopyable:
         def __reduce_ex__(self, protocol):

@@ -95,6 +95,14 @@ def test_xpos_reaches_the_length_of_the_paper_and_float16_less_far():
     assert 2**10 < longest_xpos(torch.float16) < 2**13
 
 
+@pytest.mark.parametrize("strided", [lambda x: x[..., ::2], lambda x: x[..., 1:17], lambda x: x.transpose(1, 3)])
+def test_strides_of_the_input_do_not_matter(strided):
+    x = strided(torch.randn(2, 16, 3, 32))[..., :16]
+    rotation = factors("rotary", 5, x.shape[1], 100, torch.float32)
+    for turned, expected in zip(rotation.apply(x, x), rotation.apply(x.clone(), x.clone()), strict=True):
+        torch.testing.assert_close(turned, expected)
+
+
 def test_gradient_of_the_rotation_is_its_adjoint():
     rotation = factors("xpos", 3, 4, 20, torch.float64, head_dim=6)
     q, k = (torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -5,25 +5,26 @@ Importing this package does not import mpi4py; a communicator of None means one 
 
 from longnet_hpc.comm.agreement import (
     agree,
+    agree_on,
     agreed,
     allgather_objects,
     barrier,
     broadcast_object,
     rank_and_size,
 )
-from longnet_hpc.comm.collectives import RowGather, all_reduce_sum, gather_sequence
+from longnet_hpc.comm.collectives import RowGather, all_reduce_sum
 from longnet_hpc.comm.groups import Groups, groups_of
 
 __all__ = [
     "Groups",
     "RowGather",
     "agree",
+    "agree_on",
     "agreed",
     "all_reduce_sum",
     "allgather_objects",
     "barrier",
     "broadcast_object",
-    "gather_sequence",
     "groups_of",
     "rank_and_size",
 ]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from longnet_hpc.errors import LongNetError
+from longnet_hpc.errors import LongNetError, ShapeError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["agree", "agreed", "allgather_objects", "barrier", "broadcast_object", "rank_and_size"]
+__all__ = ["agree", "agree_on", "agreed", "allgather_objects", "barrier", "broadcast_object", "rank_and_size"]
 
 T = TypeVar("T")
 
@@ -60,6 +60,44 @@ def agree(comm: MPI.Comm | None, error: BaseException | None) -> None:
             error = comm.bcast(error if rank == first else None, root=first)
     if error is not None:
         raise error
+
+
+def agree_on(comm: MPI.Comm | None, facts: Mapping[str, object], own: T, error: LongNetError | None = None) -> list[T]:
+    """Make sure that no rank has failed and that all hold the same facts; return what each adds of its own.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm or None
+        Ranks that must agree.
+    facts : mapping
+        Values that must be equal on all ranks, by the name that an error gives them.
+    own : object
+        A value of this rank's.
+    error : LongNetError, optional
+        What went wrong on this rank, if anything did; its facts then do not count.
+
+    Returns
+    -------
+    list
+        The own values of all ranks in rank order. Collective; everything must pickle.
+
+    Raises
+    ------
+    LongNetError
+        The error of the lowest rank that passed one, on every rank.
+    ShapeError
+        If a fact differs: the rank, the fact, and both values, on every rank.
+    """
+    answers = allgather_objects(comm, (error, dict(facts), own))
+    for other_error, _, _ in answers:
+        if other_error is not None:
+            raise other_error
+    expected = answers[0][1]
+    for other, (_, theirs, _) in enumerate(answers):
+        for name, value in theirs.items():
+            if value != expected[name]:
+                raise ShapeError(f"rank {other} disagrees with rank 0: {name} {value} is not {expected[name]}")
+    return [value for _, _, value in answers]
 
 
 @contextmanager

@@ -8,13 +8,12 @@ makes every dtype alike and keeps counts far below 2**31.
 from __future__ import annotations
 
 import time
-from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from longnet_hpc.comm.transport import Transport, transport_of
+from longnet_hpc.comm.transport import Transport, device_transport
 from longnet_hpc.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -44,9 +43,14 @@ class Pending:
     ----------
     bytes_received : int
         Bytes that arrive from all ranks.
+    seconds_tested : float
+        Seconds that `test` spent in MPI, driving the exchange between kernels.
     seconds_waited : float
         Seconds that `finish` found nothing better to do than wait.
     """
+
+    _in_flight: ClassVar[set[Pending]] = set()
+    """Keeps the buffers of an exchange that nobody finished, since MPI still writes to them."""
 
     def __init__(
         self, request: MPI.Request, sendbuf: torch.Tensor, recvbuf: torch.Tensor, device: torch.device
@@ -55,12 +59,17 @@ class Pending:
         self._sendbuf: torch.Tensor | None = sendbuf
         self._recvbuf = recvbuf
         self._device = device
+        self.seconds_tested = 0.0
         self.seconds_waited = 0.0
         self.bytes_received = recvbuf.numel() * recvbuf.element_size()
+        self._in_flight.add(self)
 
     def test(self) -> bool:
         """Let MPI make progress; return whether the exchange is complete."""
-        return bool(self._request.Test())
+        started = time.perf_counter()
+        complete = bool(self._request.Test())
+        self.seconds_tested += time.perf_counter() - started
+        return complete
 
     def finish(self) -> torch.Tensor:
         """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device."""
@@ -68,6 +77,7 @@ class Pending:
         self._request.Wait()
         self.seconds_waited = time.perf_counter() - started
         self._sendbuf = None
+        self._in_flight.discard(self)
         return self._recvbuf.to(self._device, non_blocking=True)
 
 
@@ -99,7 +109,7 @@ def start_alltoallv(
     Raises
     ------
     ShapeError
-        If the tensor is not two-dimensional and contiguous, or a count is beyond `MAX_COUNT` rows.
+        If the tensor is not two-dimensional and contiguous.
 
     Notes
     -----
@@ -111,10 +121,9 @@ def start_alltoallv(
     if send.dim() != 2 or not send.is_contiguous():
         raise ShapeError(f"an exchange needs contiguous (rows, width), got {tuple(send.shape)} strides {send.stride()}")
     total = sum(recv_counts)
-    if max(total, send.shape[0]) > MAX_COUNT:
-        raise ShapeError(f"an exchange moves at most {MAX_COUNT} rows a rank, got {max(total, send.shape[0])}")
+    assert max(total, send.shape[0]) <= MAX_COUNT, "callers send rows of a whole token, or buckets: never that many"
     device = send.device
-    staged = device.type == "cuda" and transport_of(comm) is Transport.STAGED
+    staged = device.type == "cuda" and device_transport() is Transport.STAGED
     recv = torch.empty(
         (total, send.shape[1]), dtype=send.dtype, device="cpu" if staged else device, pin_memory=staged and total > 0
     )
@@ -122,12 +131,13 @@ def start_alltoallv(
         send = torch.empty(send.shape, dtype=send.dtype, pin_memory=True).copy_(send, non_blocking=True)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-    row = _row_type(MPI, send.shape[1] * send.element_size())
+    row = MPI.BYTE.Create_contiguous(send.shape[1] * send.element_size()).Commit()
     recv_starts = [0, *accumulate(recv_counts)][:-1]
     request = comm.Ialltoallv(
         [_as_bytes(send), (list(send_counts), list(send_starts)), row],
         [_as_bytes(recv), (list(recv_counts), recv_starts), row],
     )
+    row.Free()  # MPI keeps it until the exchange is complete
     return Pending(request, send, recv, device)
 
 
@@ -135,9 +145,3 @@ def _as_bytes(tensor: torch.Tensor) -> Any:
     """Return the tensor's memory as mpi4py takes it; numpy on the host, since an empty DLPack capsule is refused."""
     flat = tensor.reshape(-1).view(torch.uint8)
     return flat.numpy() if flat.device.type == "cpu" else flat
-
-
-@cache
-def _row_type(mpi: Any, width_bytes: int) -> MPI.Datatype:
-    row: MPI.Datatype = mpi.BYTE.Create_contiguous(width_bytes).Commit()
-    return row

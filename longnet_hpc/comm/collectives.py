@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,7 @@ from longnet_hpc.comm.buffers import Pending, start_alltoallv
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["RowGather", "all_reduce_sum", "gather_sequence"]
+__all__ = ["RowGather", "all_reduce_sum"]
 
 BUCKET_BYTES = 1 << 26
 """Largest part of a sum over ranks that is exchanged at once, in bytes."""
@@ -104,49 +104,3 @@ def _sum_bucket(comm: MPI.Comm, bucket: torch.Tensor) -> None:
         total = total + part
     mine = total.to(bucket.dtype).unsqueeze(1).contiguous()
     rows.copy_(start_alltoallv(comm, mine, [own] * comm.size, [0] * comm.size, counts).finish())
-
-
-def gather_sequence(comm: MPI.Comm | None, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Join the slices of a sequence on every rank.
-
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Comm or None
-        Ranks that own the slices, in sequence order.
-    x : torch.Tensor
-        This rank's slice, shape ``(batch, local_len, ...)``.
-    lengths : sequence of int
-        Slice lengths of all ranks, in tokens.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(batch, sum(lengths), ...)``. Differentiable: the adjoint sends each rank its part of every rank's
-        gradient and sums them there. Collective, forward and backward.
-    """
-    if comm is None:
-        return x
-    whole: torch.Tensor = _GatherSequence.apply(x, comm, tuple(lengths))
-    return whole
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, comm: MPI.Comm, lengths: tuple[int, ...]) -> torch.Tensor:
-        batch, rest = x.shape[0], x.shape[2:]
-        own = lengths[comm.rank]
-        transfer = ctx.transfer = RowGather(comm, [own] * comm.size, [0] * comm.size, lengths)
-        rows = x.transpose(0, 1).flatten(1).contiguous()
-        return transfer.start(rows).finish().view(sum(lengths), batch, *rest).transpose(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad,) = grads
-        transfer: RowGather = ctx.transfer
-        rows = grad.transpose(0, 1).flatten(1).contiguous()
-        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        own = transfer.recv_counts[transfer.comm.rank]
-        total = torch.zeros((own, rows.shape[1]), dtype=wide, device=grad.device)
-        transfer.finish_adjoint(transfer.start_adjoint(rows), total)
-        shape = (own, grad.shape[0], *grad.shape[2:])
-        return total.to(grad.dtype).view(shape).transpose(0, 1), None, None

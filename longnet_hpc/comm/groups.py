@@ -51,9 +51,6 @@ class Groups:
         """Return the communicator of a group that this rank is in."""
         return self._mine[ranks]
 
-    def __len__(self) -> int:
-        return len(self._mine)
-
     def free(self) -> None:
         """Free every communicator. Collective over each group; harmless when called twice."""
         while self._mine:

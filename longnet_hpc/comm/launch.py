@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from longnet_hpc.comm.agreement import agree_on
 from longnet_hpc.comm.transport import Transport, decide_transport
 from longnet_hpc.errors import LaunchError
-from longnet_hpc.launcher import environment_rank, environment_size, launcher_environment
+from longnet_hpc.launcher import launcher_environment
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Launch", "environment_rank", "environment_size", "start"]
+__all__ = ["Launch", "start"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,11 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
     Raises
     ------
     LaunchError
-        If the launcher started several ranks but this MPI library sees only one, or a GPU is asked for and not there.
+        If the launcher started more ranks than this MPI library sees, or a GPU is asked for and not there.
+        All ranks raise it.
+    ShapeError
+        If ranks would compute on different kinds of device, or are told different transports.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise LaunchError(f"device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise LaunchError("device cuda was asked for, but torch sees no CUDA device")
     launcher, _, expected = launcher_environment()
     comm: MPI.Comm | None = None
     node_rank, node_size, library = 0, 1, "none"
@@ -77,20 +77,21 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
         comm = MPI.COMM_WORLD
         _abort_on_exception(comm)
         library = MPI.Get_library_version().strip().splitlines()[0].strip("\0 ")
-        if comm.size == 1:
+        if comm.size != expected:
             raise LaunchError(
-                f"{launcher} started {expected} ranks, but this MPI library ({library}) sees 1, so they do not fit "
-                "together: use the mpirun beside this Python, or srun --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI"
+                f"{launcher} started {expected} ranks, but this MPI library ({library}) sees {comm.size}, "
+                "so they do not fit together: use the mpirun beside this Python, or "
+                "srun --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI"
             )
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         node_rank, node_size = node.rank, node.size
         node.Free()
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu:
-        bound = torch.device("cuda", node_rank % torch.cuda.device_count())
-        torch.cuda.set_device(bound)
-    else:
-        bound = torch.device("cpu")
+    error, bound = None, torch.device("cpu")
+    try:
+        bound = _bind(device, node_rank)
+    except LaunchError as caught:
+        error = caught
+    agree_on(comm, {"device": bound.type}, None, error)
     return Launch(
         comm=comm,
         rank=0 if comm is None else comm.rank,
@@ -98,9 +99,22 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
         node_rank=node_rank,
         node_size=node_size,
         device=bound,
-        transport=decide_transport(comm, transport) if on_gpu and comm is not None else None,
+        transport=decide_transport(comm, transport) if bound.type == "cuda" and comm is not None else None,
         mpi_library=library,
     )
+
+
+def _bind(device: str, node_rank: int) -> torch.device:
+    """Return the device of the rank at a place within its node, made current where it is a GPU."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise LaunchError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LaunchError("device cuda was asked for, but torch sees no CUDA device")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    bound = torch.device("cuda", node_rank % torch.cuda.device_count())
+    torch.cuda.set_device(bound)
+    return bound
 
 
 def _abort_on_exception(comm: MPI.Comm) -> None:

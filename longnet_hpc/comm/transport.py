@@ -11,13 +11,13 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING
 
-from longnet_hpc.comm.agreement import allgather_objects
+from longnet_hpc.comm.agreement import agree_on, allgather_objects
 from longnet_hpc.errors import LaunchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Transport", "decide_transport", "device_pointers_work", "transport_of"]
+__all__ = ["Transport", "decide_transport", "device_pointers_work", "device_transport", "is_decided"]
 
 VARIABLE = "LONGNET_HPC_TRANSPORT"
 """Environment variable that forces ``direct`` or ``staged``."""
@@ -66,9 +66,18 @@ class Transport(enum.Enum):
 _decided: Transport | None = None
 
 
-def transport_of(comm: MPI.Comm | None) -> Transport:
-    """Return the transport of device memory, deciding it if nobody has; then collective over ``comm``."""
-    return _decided or decide_transport(comm)
+def is_decided() -> bool:
+    """Return whether this process knows how its device memory travels."""
+    return _decided is not None
+
+
+def device_transport() -> Transport:
+    """Return how this process's device memory travels; not collective.
+
+    Ranks may differ, since the bytes are the same either way. A process that has not decided with the others
+    (`decide_transport`) decides for itself.
+    """
+    return _decided or decide_transport(None)
 
 
 def decide_transport(comm: MPI.Comm | None, forced: str = "auto") -> Transport:
@@ -89,12 +98,16 @@ def decide_transport(comm: MPI.Comm | None, forced: str = "auto") -> Transport:
     Raises
     ------
     LaunchError
-        If ``forced`` is none of the three.
+        If ``forced``, or the environment variable, is none of the three.
+    ShapeError
+        If ranks are told different things.
     """
     global _decided
     choice = forced if forced != "auto" else os.environ.get(VARIABLE, "auto")
+    error = None
     if choice not in ("auto", "direct", "staged"):
-        raise LaunchError(f"transport must be auto, direct or staged, got {choice!r}")
+        error = LaunchError(f"transport must be auto, direct or staged, got {choice!r}")
+    agree_on(comm, {"transport": choice}, None, error)
     if choice == "auto":
         # One child a node: each starts a CUDA context, which several at once would only slow down.
         first_on_node = comm is None or _node_rank(comm) == 0
