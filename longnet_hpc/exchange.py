@@ -6,13 +6,16 @@ sequences of the batch: ``(2, batch, head_dim)``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
-from longnet_hpc.attention.branch import Rows, add_heads, grid_view, select_heads
+from longnet_hpc.attention.sums import GradientSum, wide_dtype
+from longnet_hpc.attention.views import grid_view
 from longnet_hpc.comm import RowGather
+from longnet_hpc.grids import Grid, head_grids
 from longnet_hpc.partition import SpanLayout
 
 if TYPE_CHECKING:
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
 
     from longnet_hpc.comm.buffers import Pending
 
-__all__ = ["SpanExchange"]
+__all__ = ["Rows", "SpanExchange"]
+
+Rows = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Compact keys and values by head offset: ``(batch, rows, distinct kv heads, head_dim)`` each."""
 
 
 class SpanExchange:
@@ -46,73 +52,68 @@ class SpanExchange:
         k, v : torch.Tensor
             This rank's slice, ``(batch, local_len, kv_heads, head_dim)``.
         """
-        layout = self.layout
-        blocks = []
-        for offset in chain.from_iterable(layout.offered):
-            grids = (grid_view(t, layout.branch, layout.piece, offset).squeeze(1) for t in (k, v))
-            blocks.append(_pack(*(select_heads(grid, layout.kv_heads_at[offset]) for grid in grids)))
-        return self._gather.start(torch.cat(blocks) if blocks else k.new_empty((0, _width(k))))
+        send = k.new_empty(self._offered_shape(k))
+        for grid, block in self._offered(send):
+            for part, x in enumerate((k, v)):
+                block[:, :, part].copy_(grid_view(x, grid).squeeze(1).permute(2, 1, 0, 3))
+        return self._gather.start(send.flatten(1))
 
     def finish(self, pending: Pending, k: torch.Tensor) -> Rows:
         """Wait for `start`; return the rows of all sources in rank order, by head offset, as views."""
         layout = self.layout
         parts: dict[int, list[torch.Tensor]] = {offset: [] for offset in layout.needed}
-        received = pending.finish()
-        position = 0
-        for source in layout.sources:
-            for offset in layout.needed:
-                tokens, kv_heads = layout.rows(source, offset), len(layout.kv_heads_at[offset])
-                if tokens:
-                    block = received[position : position + tokens * kv_heads]
-                    parts[offset].append(block.view(tokens, kv_heads, 2, k.shape[0], k.shape[3]))
-                    position += tokens * kv_heads
-        return {offset: _unpack(torch.cat(blocks)) for offset, blocks in parts.items() if blocks}
+        received = pending.finish().unflatten(1, (2, k.shape[0], k.shape[3]))
+        for offset, block in self._received(received):
+            parts[offset].append(block)
+        rows = {offset: torch.cat(blocks) for offset, blocks in parts.items() if blocks}
+        return {
+            offset: (both[:, :, 0].permute(2, 0, 1, 3), both[:, :, 1].permute(2, 0, 1, 3))
+            for offset, both in rows.items()
+        }
 
     def start_adjoint(self, row_grads: Rows, k: torch.Tensor) -> Pending:
         """Start sending the gradients of received rows, shaped as `finish` gave them, back to their owners. Collective.
 
         They travel in the dtype of ``k``: each is the result of one kernel, and their sum is made in float32 or wider.
         """
-        layout = self.layout
+        send = k.new_empty((sum(self.layout.recv_counts), 2, k.shape[0], k.shape[3]))
         position = dict.fromkeys(row_grads, 0)
-        blocks = []
+        for offset, block in self._received(send):
+            rows = slice(position[offset], position[offset] + len(block))
+            for part, grad in enumerate(row_grads[offset]):
+                block[:, :, part].copy_(grad[:, rows].permute(1, 2, 0, 3))
+            position[offset] = rows.stop
+        return self._gather.start_adjoint(send.flatten(1))
+
+    def finish_adjoint(self, pending: Pending, k: torch.Tensor, dk: GradientSum, dv: GradientSum) -> None:
+        """Wait for `start_adjoint`; add what came back, in rank order, onto the gradients of k and v."""
+        total = k.new_zeros(self._offered_shape(k), dtype=wide_dtype(k.dtype))
+        self._gather.finish_adjoint(pending, total.flatten(1))
+        for grid, block in self._offered(total):
+            for part, gradient in enumerate((dk, dv)):
+                gradient.add(slice(0, k.shape[0]), grid, block[:, :, part].permute(2, 1, 0, 3))
+
+    def _offered_shape(self, k: torch.Tensor) -> tuple[int, int, int, int]:
+        layout, rank = self.layout, self._gather.comm.rank
+        rows = sum(layout.block_rows(layout.span.ranks[rank], offsets) for offsets in layout.offered)
+        return rows, 2, k.shape[0], k.shape[3]
+
+    def _offered(self, rows: torch.Tensor) -> Iterator[tuple[Grid, torch.Tensor]]:
+        """Yield each grid that this rank offers, with its part ``(tokens, heads, 2, batch, head_dim)`` of the rows."""
+        layout, position = self.layout, 0
+        for offset in chain.from_iterable(layout.offered):
+            kv_heads = layout.kv_heads_at[offset]
+            grids = head_grids(layout.branch, layout.piece, offset, kv_heads)
+            block = rows[position : position + grids[0].rows * len(kv_heads)].unflatten(0, (-1, len(kv_heads)))
+            yield from zip(grids, block.split([grid.heads for grid in grids], dim=1), strict=True)
+            position += grids[0].rows * len(kv_heads)
+
+    def _received(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield each offset that this rank needs, source by source, with its part ``(tokens, kv_heads, ...)``."""
+        layout, position = self.layout, 0
         for source in layout.sources:
             for offset in layout.needed:
-                if tokens := layout.rows(source, offset):
-                    rows = slice(position[offset], position[offset] + tokens)
-                    blocks.append(_pack(*(grad[:, rows] for grad in row_grads[offset])))
-                    position[offset] = rows.stop
-        return self._gather.start_adjoint(torch.cat(blocks) if blocks else k.new_empty((0, _width(k))))
-
-    def finish_adjoint(self, pending: Pending, dk: torch.Tensor, dv: torch.Tensor) -> None:
-        """Wait for `start_adjoint`; add what came back onto ``dk, dv``, shaped as k and v, in rank order."""
-        layout, rank = self.layout, self._gather.comm.rank
-        count = sum(layout.block_rows(layout.span.ranks[rank], offsets) for offsets in layout.offered)
-        total = dk.new_zeros((count, _width(dk)))
-        self._gather.finish_adjoint(pending, total)
-        position = 0
-        for offset in chain.from_iterable(layout.offered):
-            grids = [grid_view(t, layout.branch, layout.piece, offset).squeeze(1) for t in (dk, dv)]
-            kv_heads = layout.kv_heads_at[offset]
-            rows = grids[0].shape[1] * len(kv_heads)
-            block = total[position : position + rows].view(-1, len(kv_heads), 2, dk.shape[0], dk.shape[3])
-            for grid, part in zip(grids, _unpack(block), strict=True):
-                add_heads(grid, kv_heads, part, dim=2)
-            position += rows
-
-
-def _width(k: torch.Tensor) -> int:
-    """Return the numbers in one row of the exchange: key and value of every sequence of the batch."""
-    return 2 * k.shape[0] * k.shape[3]
-
-
-def _pack(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Turn two ``(batch, tokens, kv_heads, head_dim)`` into rows ``(tokens * kv_heads, 2 * batch * head_dim)``."""
-    both = torch.stack((keys, values))
-    return both.permute(2, 3, 0, 1, 4).reshape(-1, both.shape[0] * both.shape[1] * both.shape[4])
-
-
-def _unpack(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values ``(batch, tokens, kv_heads, dim)`` as views of ``(tokens, kv_heads, 2, batch, dim)``."""
-    keys, values = block.permute(2, 3, 0, 1, 4)
-    return keys, values
+                tokens, kv_heads = layout.rows(source, offset), len(layout.kv_heads_at[offset])
+                if tokens:
+                    yield offset, rows[position : position + tokens * kv_heads].unflatten(0, (tokens, kv_heads))
+                    position += tokens * kv_heads

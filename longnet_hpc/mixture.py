@@ -12,18 +12,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longnet_hpc.attention import choose_backend
-from longnet_hpc.attention.branch import (
-    Gradients,
-    Inputs,
-    Merged,
-    Rows,
-    piece_backward,
-    piece_forward,
-    rows_backward,
-    rows_forward,
-)
+from longnet_hpc.attention.branch import Output, attend, attend_backward
+from longnet_hpc.attention.sums import GradientSum, SoftmaxSum
+from longnet_hpc.exchange import Rows
+from longnet_hpc.grids import piece_grids, row_grids
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longnet_hpc.comm.buffers import Pending
     from longnet_hpc.parallel import SequencePlan
 
 __all__ = ["mixture"]
@@ -76,80 +73,79 @@ class _Mixture(torch.autograd.Function):
     def _forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SequencePlan, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _inputs(q, k, v, plan, causal, scale)
-        exchanges = plan.exchanges(q.shape[2], k.shape[2], causal=causal)
+        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        heads, kv_heads = q.shape[2], k.shape[2]
+        exchanges = plan.exchanges(heads, kv_heads, causal=causal)
         flights = [exchange.start(k, v) for _, exchange in exchanges]
         plan.bytes_received += sum(flight.bytes_received for flight in flights)
+        progress = _driving(flights)
 
-        def progress() -> None:
-            for flight in flights:
-                flight.test()
-
-        wide = _wide(q.dtype)
-        merged = Merged(
-            out=torch.zeros(q.shape, dtype=wide, device=q.device),
-            lse=torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device),
-        )
+        total = SoftmaxSum(q)
         for index, branch, run in plan.pieces:
-            piece_forward(x, branch, run, merged, first=index == 0, progress=progress)
+            pairs = piece_grids(branch, run, heads, kv_heads)
+            attend(backend, q, k, v, pairs, total, causal=causal, scale=scale, first=index == 0, progress=progress)
         arrived: list[Rows] = []
         for (branch, exchange), flight in zip(exchanges, flights, strict=True):
             arrived.append(exchange.finish(flight, k))
-            rows_forward(x, branch, exchange.layout.piece, arrived[-1], merged)
-            progress()
+            for offset, rows in arrived[-1].items():
+                pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
+                attend(backend, q, *rows, pairs, total, causal=False, scale=scale, first=False, progress=progress)
         plan.count_seconds(flights)
 
-        out = merged.out.to(q.dtype)
-        ctx.plan, ctx.causal, ctx.scale = plan, causal, scale
+        out, lse = total.result()
+        ctx.plan, ctx.backend, ctx.causal, ctx.scale = plan, backend, causal, scale
         ctx.row_offsets = [tuple(rows) for rows in arrived]
-        ctx.save_for_backward(
-            q, k, v, out, merged.lse, *(t for rows in arrived for pair in rows.values() for t in pair)
-        )
-        ctx.mark_non_differentiable(merged.lse)
-        return out, merged.lse
+        ctx.save_for_backward(q, k, v, out, lse, *(t for rows in arrived for pair in rows.values() for t in pair))
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     def _backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, out, lse, *row_tensors = ctx.saved_tensors
         plan: SequencePlan = ctx.plan
-        x = _inputs(q, k, v, plan, ctx.causal, ctx.scale)
-        wide = _wide(q.dtype)
-        grads = Gradients(
-            dout=dout.contiguous(),
-            out=out,
-            lse=lse,
-            dq=torch.zeros(q.shape, dtype=wide, device=q.device),
-            dk=torch.zeros(k.shape, dtype=wide, device=q.device),
-            dv=torch.zeros(v.shape, dtype=wide, device=q.device),
-        )
-        exchanges = plan.exchanges(q.shape[2], k.shape[2], causal=ctx.causal)
-        flights = []
+        heads, kv_heads = q.shape[2], k.shape[2]
+        output = Output(dout.contiguous(), out, lse)
+        dq, dk, dv = GradientSum(q), GradientSum(k), GradientSum(v)
+        exchanges = plan.exchanges(heads, kv_heads, causal=ctx.causal)
+        flights: list[Pending] = []
+        progress = _driving(flights)
         tensors = iter(row_tensors)
         for (branch, exchange), offsets in zip(exchanges, ctx.row_offsets, strict=True):
-            rows = {offset: (next(tensors), next(tensors)) for offset in offsets}
-            row_grads = rows_backward(x, branch, exchange.layout.piece, rows, grads)
+            row_grads: Rows = {}
+            for offset in offsets:
+                rows = next(tensors), next(tensors)
+                pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
+                sums = GradientSum(rows[0]), GradientSum(rows[1])
+                attend_backward(
+                    *(ctx.backend, q, *rows, pairs, output, dq, *sums),
+                    causal=False,
+                    scale=ctx.scale,
+                    progress=progress,
+                )
+                row_grads[offset] = sums[0].result(), sums[1].result()
             flights.append(exchange.start_adjoint(row_grads, k))
         plan.bytes_received += sum(flight.bytes_received for flight in flights)
 
-        def progress() -> None:
-            for flight in flights:
-                flight.test()
-
         for _, branch, run in plan.pieces:
-            piece_backward(x, branch, run, grads, progress=progress)
+            pairs = piece_grids(branch, run, heads, kv_heads)
+            attend_backward(
+                *(ctx.backend, q, k, v, pairs, output, dq, dk, dv),
+                causal=ctx.causal,
+                scale=ctx.scale,
+                progress=progress,
+            )
         for (_, exchange), flight in zip(exchanges, flights, strict=True):
-            exchange.finish_adjoint(flight, grads.dk, grads.dv)
+            exchange.finish_adjoint(flight, k, dk, dv)
         plan.count_seconds(flights)
-        return grads.dq.to(q.dtype), grads.dk.to(k.dtype), grads.dv.to(v.dtype)
+        return dq.result(), dk.result(), dv.result()
 
 
-def _inputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SequencePlan, causal: bool, scale: float
-) -> Inputs:
-    backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    return Inputs(q, k, v, backend=backend, causal=causal, scale=scale)
+def _driving(flights: list[Pending]) -> Callable[[], None]:
+    """Return a function that moves exchanges on, those of a list that may still grow."""
 
+    def progress() -> None:
+        for flight in flights:
+            flight.test()
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return progress

@@ -151,7 +151,7 @@ def test_wrong_word_is_told_once_by_two_ranks(tmp_path):
 
 FAILING = """
 import sys
-from longnet_hpc.comm.launch import environment_rank
+from longnet_hpc.launcher import environment_rank
 from longnet_hpc.run import main
 from longnet_hpc.train import Trainer
 

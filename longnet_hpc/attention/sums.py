@@ -1,0 +1,92 @@
+"""Sums over branches, in float32 or wider, added to as the parts come: the merged softmax, and gradients.
+
+A grid touches each of its rows once (but for a shared key/value head), so adding is by view and in place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from longnet_hpc.attention.views import grid_view
+from longnet_hpc.grids import Grid
+
+__all__ = ["GradientSum", "SoftmaxSum", "wide_dtype"]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class SoftmaxSum:
+    """The softmax over all keys seen so far (LongNet, Eq. 9-10).
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        The queries, ``(batch, seq, heads, head_dim)``.
+    """
+
+    def __init__(self, q: torch.Tensor) -> None:
+        wide = wide_dtype(q.dtype)
+        self._dtype = q.dtype
+        self._out = torch.zeros(q.shape, dtype=wide, device=q.device)
+        self._lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+
+    def add(self, sequences: slice, grid: Grid, out: torch.Tensor, lse: torch.Tensor, *, first: bool) -> None:
+        """Merge the normalised output of some keys.
+
+        Parameters
+        ----------
+        sequences : slice
+            Sequences of the batch.
+        grid : Grid
+            The queries.
+        out, lse : torch.Tensor
+            ``(sequences * count, heads, rows, head_dim)`` and the same without the last dim; lse is finite, since a
+            row on a grid sees at least one key.
+        first : bool
+            Whether nothing has been merged into these rows before.
+        """
+        total = grid_view(self._out[sequences], grid)
+        total_lse = grid_view(self._lse[sequences].unsqueeze(-1), grid).squeeze(-1)
+        out, lse = out.view(total.shape), lse.view(total_lse.shape)
+        if first:
+            total.copy_(out)
+            total_lse.copy_(lse)
+            return
+        merged = torch.logaddexp(total_lse, lse)
+        total.mul_((total_lse - merged).exp_().unsqueeze(-1))
+        total.addcmul_(out.to(total.dtype), (lse - merged).exp_().unsqueeze(-1))
+        total_lse.copy_(merged)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output in the dtype of the queries, and the log-sum-exp ``(batch, seq, heads)``."""
+        return self._out.to(self._dtype), self._lse
+
+
+class GradientSum:
+    """The sum of gradients of one tensor.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        What the gradient is of, ``(batch, seq, heads, head_dim)``.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._dtype = x.dtype
+        self._total = torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
+
+    def add(self, sequences: slice, grid: Grid, part: torch.Tensor) -> None:
+        """Add ``part`` ``(sequences * count, heads, rows, head_dim)`` onto a grid of some sequences."""
+        total = grid_view(self._total[sequences], grid)
+        part = part.view(total.shape)
+        if grid.one_head:
+            total[:, :, 0] += part.sum(2, dtype=total.dtype)
+        else:
+            total += part
+
+    def result(self) -> torch.Tensor:
+        """Return the sum in the dtype of the tensor."""
+        return self._total.to(self._dtype)

@@ -1,0 +1,197 @@
+"""Strided grids of (token, head) pairs, in integers: what one attention kernel takes as it lies in memory.
+
+Heads whose rows have equal strides go into one call. Two ways to bundle them are open: the heads of one offset, which
+share their rows (h, h + r, h + 2 r, ...), or neighbouring heads, whose rows move on by one token from head to head,
+which makes few calls where r is large. Shared key/value heads need no copies: where the next query head has the same
+key/value head, the stride between heads is 0, or one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+
+from longnet_hpc.partition import Run
+from longnet_hpc.pattern import Branch
+
+__all__ = ["Grid", "head_grids", "piece_grids", "row_grids"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Rows and heads of a ``(seq, heads)`` array that lie evenly spaced in memory.
+
+    Row i of piece c of its head number j is token ``start + c * length + first_row + j * row_step + i * rate`` of head
+    ``first_head + j * head_step``.
+
+    Parameters
+    ----------
+    start : int
+        First token of the first piece.
+    length : int
+        Tokens from one piece to the next.
+    count : int
+        Number of pieces.
+    rows : int
+        Rows in each piece.
+    rate : int
+        Tokens from one row to the next.
+    first_row : int
+        Tokens from the start of a piece to the first row of the first head.
+    row_step : int
+        By how many tokens the rows of the next head lie further on.
+    first_head : int
+        The first head.
+    head_step : int
+        Heads from one to the next; 0 where all of them are one shared head.
+    heads : int
+        Number of heads.
+    """
+
+    start: int
+    length: int
+    count: int
+    rows: int
+    rate: int
+    first_row: int
+    row_step: int
+    first_head: int
+    head_step: int
+    heads: int
+
+    @property
+    def one_head(self) -> bool:
+        """Whether its heads are one and the same rows."""
+        return self.heads > 1 and self.head_step == 0 and self.row_step == 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """One query head with its key/value head; a bundle is a run of them with equal steps."""
+
+    first_row: int
+    rows: int
+    head: int
+    kv_head: int
+
+    def step_to(self, other: _Pair) -> tuple[int, int, int] | None:
+        if self.rows != other.rows or other.first_row < self.first_row or other.kv_head < self.kv_head:
+            return None
+        return other.first_row - self.first_row, other.head - self.head, other.kv_head - self.kv_head
+
+
+@lru_cache(maxsize=4096)
+def piece_grids(branch: Branch, run: Run, heads: int, kv_heads: int) -> tuple[tuple[Grid, Grid], ...]:
+    """Return the query grids of equal pieces of one branch, each with the grid of its keys, in as few as possible.
+
+    Parameters
+    ----------
+    branch, run : Branch, Run
+        The grid of each head, and the pieces.
+    heads, kv_heads : int
+        Query heads and key/value heads.
+
+    Returns
+    -------
+    tuple of pair of Grid
+        Every query head that has rows there is in exactly one pair; row i of both grids is the same token.
+    """
+    pairs = []
+    for offset in branch.offsets(heads):
+        first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
+        if rows:
+            heads_there = zip(branch.heads_at(offset, heads), branch.kv_heads_at(offset, heads, kv_heads), strict=True)
+            pairs += [_Pair(first_row, rows, head, kv_head) for head, kv_head in heads_there]
+    by_offset = [list(same) for _, same in groupby(pairs, key=lambda pair: pair.head % branch.dilation_rate)]
+    bundles = [bundle for same in by_offset for bundle in _bundles(same)]
+    neighbours = _bundles(sorted(pairs, key=lambda pair: pair.head))
+    if len(neighbours) < len(bundles):
+        bundles = neighbours
+    return tuple((_grid(branch, run, bundle, step), _kv_grid(branch, run, bundle, step)) for bundle, step in bundles)
+
+
+@lru_cache(maxsize=4096)
+def row_grids(
+    branch: Branch, run: Run, offset: int, heads: int, kv_heads: int, tokens: int
+) -> tuple[tuple[Grid, Grid], ...]:
+    """Return the query grids of one piece at one offset, each with the grid of compact rows that it sees.
+
+    Parameters
+    ----------
+    branch, run : Branch, Run
+        The grid of each head, and the one piece.
+    offset : int
+        Head offset.
+    heads, kv_heads : int
+        Query heads and key/value heads.
+    tokens : int
+        Tokens in the compact rows, ``(tokens, distinct key/value heads at this offset)``.
+    """
+    kv_index = branch.kv_heads_at(offset, heads, kv_heads)
+    place = {kv_head: position for position, kv_head in enumerate(dict.fromkeys(kv_index))}
+    first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
+    pairs = [
+        _Pair(first_row, rows, head, place[kv_head])
+        for head, kv_head in zip(branch.heads_at(offset, heads), kv_index, strict=True)
+    ]
+    return tuple(
+        (
+            _grid(branch, run, bundle, step),
+            Grid(0, tokens, 1, tokens, 1, 0, 0, bundle[0].kv_head, step[2], len(bundle)),
+        )
+        for bundle, step in _bundles(pairs)
+    )
+
+
+@lru_cache(maxsize=4096)
+def head_grids(branch: Branch, run: Run, offset: int, heads: tuple[int, ...]) -> tuple[Grid, ...]:
+    """Return the grids of some heads, all at one offset of equal pieces, in the order of the heads.
+
+    Parameters
+    ----------
+    branch, run : Branch, Run
+        The grid of the offset, and the pieces.
+    offset : int
+        Head offset.
+    heads : tuple of int
+        Ascending heads of the array, for instance those key/value heads that query heads at this offset look at.
+    """
+    first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
+    pairs = [_Pair(first_row, rows, head, head) for head in heads]
+    return tuple(_grid(branch, run, bundle, step) for bundle, step in _bundles(pairs))
+
+
+def _bundles(pairs: Iterable[_Pair]) -> list[tuple[list[_Pair], tuple[int, int, int]]]:
+    """Cut a list of pairs into runs of equal steps, greedily."""
+    bundles: list[tuple[list[_Pair], tuple[int, int, int]]] = []
+    for pair in pairs:
+        if bundles:
+            members, step = bundles[-1]
+            next_step = members[-1].step_to(pair)
+            if next_step is not None and (len(members) == 1 or next_step == step):
+                bundles[-1] = ([*members, pair], next_step)
+                continue
+        bundles.append(([pair], (0, 1, 1)))
+    return bundles
+
+
+def _grid(branch: Branch, run: Run, bundle: list[_Pair], step: tuple[int, int, int]) -> Grid:
+    first = bundle[0]
+    return Grid(
+        start=run.start,
+        length=run.length,
+        count=run.count,
+        rows=first.rows,
+        rate=branch.dilation_rate,
+        first_row=first.first_row,
+        row_step=step[0],
+        first_head=first.head,
+        head_step=step[1],
+        heads=len(bundle),
+    )
+
+
+def _kv_grid(branch: Branch, run: Run, bundle: list[_Pair], step: tuple[int, int, int]) -> Grid:
+    return replace(_grid(branch, run, bundle, step), first_head=bundle[0].kv_head, head_step=step[2])
