@@ -42,6 +42,7 @@ def main():
         for _ in range(3)
     )
 
+    @torch.no_grad()
     def exchange_alone():
         seconds = 0.0
         for _, exchange in plan.exchanges(options.heads, options.heads, causal=False):

@@ -52,7 +52,7 @@ def seconds_to_read(corpus, source):
 
 
 def seconds_for_batches(corpus, source, as_stored):
-    """Time one epoch of batches, as stored or as pairs of int64 tensors, scaled to the size of the source."""
+    """Time one epoch of batches, as stored or as pairs of tensors, scaled to the size of the source."""
     options = {"seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "slice_of": range(SEQ_LEN), "seed": 0, "shuffle": False}
     with SequenceReader(corpus, **options, prefetch=False) as reader:
         seconds, checked = 0.0, 0
@@ -69,13 +69,13 @@ def seconds_for_batches(corpus, source, as_stored):
 
 def measure(path, source, repeats):
     """Rates in bytes of text per second, the median over ``repeats`` after one round of warm-up."""
-    seconds = {"first_read": [], "second_read": [], "batches_as_stored": [], "batches_as_int64": []}
+    seconds = {"first_read": [], "second_read": [], "batches_as_stored": [], "batches_as_tensors": []}
     for _ in range(repeats + 1):
         with Corpus(path) as corpus:
             seconds["first_read"].append(seconds_to_read(corpus, source))
             seconds["second_read"].append(seconds_to_read(corpus, source))
             seconds["batches_as_stored"].append(seconds_for_batches(corpus, source, as_stored=True))
-            seconds["batches_as_int64"].append(seconds_for_batches(corpus, source, as_stored=False))
+            seconds["batches_as_tensors"].append(seconds_for_batches(corpus, source, as_stored=False))
     return {f"{name}_bytes_per_second": source.size / statistics.median(times[1:]) for name, times in seconds.items()}
 
 

@@ -190,7 +190,7 @@ class TrainConfig(ComputeConfig):
     """Sequences in one forward and backward pass."""
     accumulation: int = 1
     """Forward and backward passes whose gradients make one step."""
-    steps: int = 100
+    steps: int = 200
     """Length of the training, in steps."""
     seed: int = 0
     """Chooses the initial weights, the order of the sequences, and dropout; 0 to below 2**63."""

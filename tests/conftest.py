@@ -1,4 +1,27 @@
+import io
+import sys
+
 import pytest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Under mpirun rank 0 reports; another rank says what it has to say only if a test fails on it."""
+    if not config.getoption("with_mpi", False):
+        return
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.rank:
+        config.pluginmanager.get_plugin("terminalreporter")._tw._file = config.held_back = io.StringIO()
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.failed = exitstatus != pytest.ExitCode.OK
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "held_back") and getattr(config, "failed", True):
+        sys.stderr.write(config.held_back.getvalue())
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import itertools
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def assert_same(batches, expected):
     assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
         for tensor, same in zip(batch, other, strict=True):
-            assert tensor.dtype == same.dtype == torch.int64
+            assert tensor.dtype == same.dtype == torch.uint8
             assert torch.equal(tensor, same)
 
 
@@ -218,3 +219,14 @@ def test_permutation_is_uniform():
         expected = epochs / len(cells)
         chi_squared = ((cells - expected) ** 2 / expected).sum()
         assert chi_squared < 80  # 36 degrees of freedom: exceeded by chance once in 30,000
+
+
+@pytest.mark.parametrize(("stored", "computed"), [("<u1", torch.uint8), ("<u2", torch.int32), ("<u4", torch.int64)])
+def test_batches_have_the_narrowest_dtype_that_torch_computes_with(stored, computed):
+    tokens = np.arange(33, dtype=stored)
+    tokens[7] = np.iinfo(stored).max
+    corpus = SimpleNamespace(num_tokens=33, dtype=tokens.dtype, read=lambda start, stop: tokens[start:stop])
+    ((inputs, targets),) = take(open_reader(corpus, seq_len=16, batch_size=2, slice_of=range(4, 16), shuffle=False), 1)
+    assert inputs.dtype == targets.dtype == computed
+    assert inputs.tolist() == [tokens[first : first + 12].tolist() for first in (4, 20)]
+    assert targets.tolist() == [tokens[first : first + 12].tolist() for first in (5, 21)]

@@ -18,6 +18,9 @@ __all__ = ["Permutation", "SequenceReader", "sequence_count"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
+_COMPUTED_AS = {2: np.int32, 4: np.int64}
+"""Torch has hardly any operations for the wider unsigned integers, by bytes a token."""
+
 
 def sequence_count(num_tokens: int, seq_len: int) -> int:
     """Return how many sequences of ``seq_len`` tokens, each followed by one target more, a corpus has."""
@@ -151,7 +154,11 @@ class SequenceReader:
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch: inputs and targets, int64 on the CPU, shape ``(batch_size, len(slice_of))`` each."""
+        """Return the next batch: inputs and targets on the CPU, ``(batch_size, len(slice_of))`` each.
+
+        They overlap in memory. Their dtype is the narrowest that torch computes with: uint8 for bytes, int32 where the
+        corpus stores 2 bytes a token, int64 where it stores 4.
+        """
         pending, self._pending = self._pending, None
         batch = self._load(self.batch_index) if pending is None else pending.result()
         self.batch_index += 1
@@ -206,5 +213,5 @@ class SequenceReader:
 
     def _load(self, batch_index: int) -> Batch:
         window = self.window(batch_index)
-        inputs, targets = (torch.from_numpy(part.astype(np.int64)) for part in (window[:, :-1], window[:, 1:]))
-        return inputs, targets
+        tokens = torch.from_numpy(window.astype(_COMPUTED_AS.get(window.itemsize, window.dtype), copy=False))
+        return tokens[:, :-1], tokens[:, 1:]
