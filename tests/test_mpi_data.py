@@ -115,7 +115,7 @@ def test_bad_input_is_the_same_line_on_all_ranks(comm, shared_tmp_path, monkeypa
 def test_existing_corpus_survives_a_refusal_and_a_replacement_leaves_no_old_shards(comm, sources, shared_tmp_path):
     path = prepare(sources[0], shared_tmp_path / "out" / "corpus.h5", comm=comm)
     failures = failure_of(comm, sources[0], path)
-    assert failures == [(CorpusError, f"{path} exists and is not overwritten")] * comm.size
+    assert failures == [(CorpusError, f"{path} exists and is not overwritten without --overwrite")] * comm.size
     prepare(sources[0][::-1], path, comm=comm, overwrite=True)
     with Corpus(path) as corpus:
         names = {"corpus.h5", *(shard.name for shard in corpus.shards)}

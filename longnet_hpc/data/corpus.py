@@ -289,6 +289,8 @@ class Corpus:
 def _open(path: Path) -> h5py.File:
     """Open an HDF5 file for reading, without a chunk cache (chunks are not compressed) and without a lock."""
     with corpus_errors(f"cannot read {path}"):
+        if path.is_dir():
+            raise CorpusError(f"{path} is a folder, not a corpus file")
         if path.stat().st_size == 0:
             raise CorpusError(f"{path} is empty; a corpus is an HDF5 file")
         return h5py.File(path, "r", rdcc_nbytes=0, locking=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,5 +34,13 @@ def corpus_errors(what: str, kinds: tuple[type[Exception], ...] = (OSError,)) ->
     try:
         yield
     except kinds as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise CorpusError(f"{what}: {' '.join(reason.split())}") from error
+        raise CorpusError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, in one line; HDF5 hides the system's error among file descriptors and pointers."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    number = re.search(r"\berrno = (\d+)", reason)
+    if number is not None:
+        return os.strerror(int(number[1]))
+    return " ".join(re.sub(r",? *\w+ = 0x[0-9a-f]+", "", reason).split())

@@ -137,7 +137,7 @@ def _plan(
         if path.is_dir():
             raise CorpusError(f"cannot write {path}: it is a folder")
         if path.exists() and not overwrite:
-            raise CorpusError(f"{path} exists and is not overwritten")
+            raise CorpusError(f"{path} exists and is not overwritten without --overwrite")
         units = find_units(sources)
         if path.exists() and any(path.samefile(unit.path) for unit in units if unit.path != STANDARD_INPUT):
             raise CorpusError(f"{path} is one of its own sources")

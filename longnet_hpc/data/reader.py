@@ -138,7 +138,10 @@ class SequenceReader:
         self.num_sequences = sequence_count(corpus.num_tokens, seq_len)
         self.batches_per_epoch = self.num_sequences // batch_size
         if self.batches_per_epoch == 0:
-            raise CorpusError(f"corpus has {corpus.num_tokens} tokens; needs at least {batch_size * seq_len + 1}")
+            raise CorpusError(
+                f"corpus has {corpus.num_tokens} tokens; needs at least {batch_size * seq_len + 1} for batch_size "
+                f"{batch_size} of seq_len {seq_len}; lower --seq-len or prepare more text"
+            )
         self.batch_index = start_batch
         self._corpus = corpus
         self._seq_len = seq_len
