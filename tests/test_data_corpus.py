@@ -1,3 +1,4 @@
+import importlib
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ from longnet_hpc.data.failures import HDF5_ERRORS, corpus_errors
 from longnet_hpc.errors import ConfigError, CorpusError
 
 CHUNK = 512
+prepare_module = importlib.import_module("longnet_hpc.data.prepare")  # the package's attribute is the function
 
 
 @pytest.fixture
@@ -303,6 +305,68 @@ def test_shards_of_a_replaced_corpus_are_removed(sharded, tmp_path):
     assert set(names_in(sharded.parent)) == names | {"corpus.h5", keep.name}
 
 
+def test_shards_of_a_damaged_corpus_are_removed_with_it(sharded, tmp_path):
+    next(sharded.parent.glob("*.shard-*")).unlink()
+    prepare([tmp_path / "a"], sharded, overwrite=True)
+    assert names_in(sharded.parent) == ["corpus.h5"]
+
+
+def test_overwriting_a_copy_leaves_the_shards_of_its_original(sharded, content, tmp_path):
+    copy = shutil.copy(sharded, sharded.with_name("copy.h5"))
+    prepare([tmp_path / "a"], copy, overwrite=True)
+    assert read_all(copy) == content[:1000]
+    assert read_all(sharded) == content
+
+
+@pytest.mark.parametrize("old", [b"", b"not a corpus"])
+def test_any_file_is_replaced_when_asked(tmp_path, old):
+    (tmp_path / "text").write_bytes(b"text")
+    (tmp_path / "out.h5").write_bytes(old)
+    prepare([tmp_path / "text"], tmp_path / "out.h5", overwrite=True)
+    assert read_all(tmp_path / "out.h5") == b"text"
+    assert names_in(tmp_path) == ["out.h5", "text"]
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Let another job run from beginning to end before the next one gives its finished file its name."""
+    publish = prepare_module._publish
+
+    def start(other):
+        def late(*arguments):
+            monkeypatch.setattr(prepare_module, "_publish", publish)
+            other()
+            return publish(*arguments)
+
+        monkeypatch.setattr(prepare_module, "_publish", late)
+
+    return start
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("other_size", [1, 2])
+def test_second_of_two_jobs_at_once_is_refused_and_removes_only_its_own(tmp_path, meanwhile, size, other_size):
+    for name in "abcd":
+        (tmp_path / name).write_bytes(name.encode() * 1000)
+    path = tmp_path / "out" / "corpus.h5"
+    meanwhile(lambda: prepare_on_threads(other_size, [tmp_path / "a", tmp_path / "b"], path))
+    results = on_threads(size, lambda comm: prepare([tmp_path / "c", tmp_path / "d"], path, comm=comm))
+    assert [type(result) for result in results] == [CorpusError] * size
+    assert {str(result) for result in results} == {f"{path} exists and is not overwritten without --overwrite"}
+    assert read_all(path) == b"a" * 1000 + b"b" * 1000
+    assert len(names_in(path.parent)) == (1 if other_size == 1 else 3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("other_size", [1, 2])
+def test_two_jobs_at_once_that_overwrite_leave_the_later_corpus_whole(tmp_path, sharded, meanwhile, size, other_size):
+    options = {"overwrite": True, "chunk_tokens": CHUNK}
+    meanwhile(lambda: prepare_on_threads(other_size, [tmp_path / "c", tmp_path / "a"], sharded, **options))
+    prepare_on_threads(size, [tmp_path / "a", tmp_path / "a"], sharded, **options)
+    assert read_all(sharded) == (tmp_path / "a").read_bytes() * 2
+    assert len(names_in(sharded.parent)) == (1 if size == 1 else 3)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_failure_leaves_an_existing_corpus_as_it_was(tmp_path, sharded, content, size):
     before = names_in(sharded.parent)
@@ -315,7 +379,8 @@ def test_failure_leaves_an_existing_corpus_as_it_was(tmp_path, sharded, content,
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_failure_while_renaming_leaves_nothing(tmp_path, monkeypatch, size):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failure_while_publishing_leaves_nothing(tmp_path, monkeypatch, size, overwrite):
     (tmp_path / "text").write_bytes(b"x" * 5000)
     target = tmp_path / "out" / "corpus.h5"
     rename = Path.replace
@@ -325,9 +390,13 @@ def test_failure_while_renaming_leaves_nothing(tmp_path, monkeypatch, size):
             raise PermissionError(13, "Permission denied")
         return rename(self, to)
 
+    def refuse_link(self, to):
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(Path, "hardlink_to", refuse_link)
     sources = [tmp_path / "text"] * 2
-    results = on_threads(size, lambda comm: prepare(sources, target, comm=comm))
+    results = on_threads(size, lambda comm: prepare(sources, target, comm=comm, overwrite=overwrite))
     assert [str(result) for result in results] == [f"cannot write {target}: Permission denied"] * size
     assert names_in(target.parent) == []
 

@@ -123,6 +123,23 @@ def test_existing_corpus_survives_a_refusal_and_a_replacement_leaves_no_old_shar
     assert comm.allgather(names == set(comm.bcast(names_in(path.parent)))) == [True] * comm.size
 
 
+def test_job_that_another_one_overtakes_is_refused_on_all_ranks(comm, sources, shared_tmp_path):
+    path = shared_tmp_path / "out" / "corpus.h5"
+    overtaken = False
+
+    def overtake(_):
+        nonlocal overtaken
+        if comm.rank == 0 and not overtaken:
+            overtaken = True
+            prepare(sources[0][:1], path)
+
+    failures = failure_of(comm, sources[0], path, progress=overtake)
+    assert failures == [(CorpusError, f"{path} exists and is not overwritten without --overwrite")] * comm.size
+    assert comm.bcast(names_in(path.parent)) == ["corpus.h5"]
+    with Corpus(path) as corpus:
+        assert corpus.document_name(0) == sources[1][0][0]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_slices_of_ranks_joined_equal_the_batch_of_one_rank(comm, sources, shared_tmp_path, shuffle):
     path = prepare(sources[0], shared_tmp_path / "corpus.h5", comm=comm, chunk_tokens=300)

@@ -38,7 +38,7 @@ from longnet_hpc.data.failures import HDF5_ERRORS, corpus_errors
 from longnet_hpc.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
 from longnet_hpc.errors import CorpusError
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "MAX_CHUNK_TOKENS", "Corpus"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "MAX_CHUNK_TOKENS", "Corpus", "shard_names"]
 
 FORMAT = "longnet_hpc corpus"
 """Marks an HDF5 file as a corpus."""
@@ -235,16 +235,12 @@ class Corpus:
 
     def _find_parts(self) -> list[_Part]:
         """List the files that store the tokens; the virtual dataset is never opened (`_tokens_of` says why)."""
-        if "shard_names" not in self._file:
+        names = _shard_names(self.path, self._file)
+        if not names:
             return [_Part(0, self.num_tokens, self.path)]
-        names = self._read_column("shard_names", np.bytes_)
         starts = self._read_offsets("shard_starts", self.num_tokens, len(names))
-        parts = []
-        for name, (start, stop) in zip(map(os.fsdecode, names), pairwise(starts.tolist()), strict=True):
-            if Path(name).name != name:
-                raise CorpusError(f"{self.path}: shard {name!r} is not the name of a file in the same folder")
-            parts.append(_Part(start, stop, self.path.parent / name))
-        return parts
+        folder = self.path.parent
+        return [_Part(*ends, folder / name) for ends, name in zip(pairwise(starts.tolist()), names, strict=True)]
 
     def _check_parts(self) -> np.dtype[Any]:
         """Return the one type of all tokens; HDF5 itself shows zeros in place of a missing or short shard."""
@@ -284,6 +280,29 @@ class Corpus:
         if offsets[0] != 0 or offsets[-1] != total or np.any(offsets[:-1] > offsets[1:]):
             raise CorpusError(f"{self.path}: {name} do not rise from 0 to {total}")
         return offsets
+
+
+def shard_names(path: Path) -> list[str]:
+    """Return the names of the files that a corpus joins, which need not exist; none if it stores its tokens itself.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such file, or it is not a corpus.
+    """
+    with _open(path) as file, corpus_errors(f"cannot read {path}", HDF5_ERRORS):
+        _version(path, file)
+        return _shard_names(path, file)
+
+
+def _shard_names(path: Path, file: h5py.File) -> list[str]:
+    if "shard_names" not in file:
+        return []
+    names = [os.fsdecode(name) for name in _dataset(path, file, "shard_names", np.bytes_, None)[()]]
+    for name in names:
+        if Path(name).name != name:
+            raise CorpusError(f"{path}: shard {name!r} is not the name of a file in the same folder")
+    return names
 
 
 def _open(path: Path) -> h5py.File:

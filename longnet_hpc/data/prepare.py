@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longnet_hpc.comm import agreed, allgather_objects, broadcast_object, rank_and_size
-from longnet_hpc.data.corpus import MAX_CHUNK_TOKENS
+from longnet_hpc.data.corpus import MAX_CHUNK_TOKENS, shard_names
 from longnet_hpc.data.failures import HDF5_ERRORS, corpus_errors
 from longnet_hpc.data.sources import STANDARD_INPUT, Unit, find_units
 from longnet_hpc.data.tokenizer import BYTES, Tokenizer, load_tokenizer
@@ -30,6 +29,7 @@ class _Job:
     """What rank 0 found and decided, the same on all ranks."""
 
     path: Path
+    overwrite: bool
     tokenizer: Tokenizer
     chunk_tokens: int
     blocks: list[list[Unit]]
@@ -59,9 +59,12 @@ def prepare(
     """Write a corpus file. Collective; what counts is what rank 0 passes.
 
     Each rank reads a contiguous part of the sources and writes one shard; the file at ``path`` joins them. Tokens and
-    documents do not depend on the number of ranks. Everything is written under temporary names and renamed when all
-    ranks are done; if any fails, nothing remains and an existing corpus stays as it was. Memory does not grow with the
-    size of a document.
+    documents do not depend on the number of ranks. Everything is written under temporary names and gets its own when
+    all ranks are done; if any fails, nothing remains and an existing corpus stays as it was. Memory does not grow with
+    the size of a document.
+
+    Several jobs may prepare the same file at once: without ``overwrite`` one of them makes it, by a hard link, and the
+    others raise the error of a file that exists, after which it does exist and is whole.
 
     Parameters
     ----------
@@ -76,7 +79,7 @@ def prepare(
     chunk_tokens : int
         Tokens under one checksum, 1 to `MAX_CHUNK_TOKENS`.
     overwrite : bool
-        Replace an existing file.
+        Replace an existing file, and remove the shards that it names.
     progress : callable, optional
         Called on each rank with the size, in bytes, of every further block of text that it has read.
 
@@ -102,12 +105,12 @@ def prepare(
     assert job is not None
     own: list[Path] = []  # what this rank removes if any rank fails
     try:
-        _write(job, comm, own, progress)
+        replaced = _write(job, comm, own, progress)
     except BaseException:
         for written in own:
             written.unlink(missing_ok=True)
         raise
-    _remove_leftovers(job, comm)
+    _remove_leftovers(job, comm, replaced)
     return job.path
 
 
@@ -137,7 +140,7 @@ def _plan(
         if path.is_dir():
             raise CorpusError(f"cannot write {path}: it is a folder")
         if path.exists() and not overwrite:
-            raise CorpusError(f"{path} exists and is not overwritten without --overwrite")
+            raise _exists(path)
         units = find_units(sources)
         if path.exists() and any(path.samefile(unit.path) for unit in units if unit.path != STANDARD_INPUT):
             raise CorpusError(f"{path} is one of its own sources")
@@ -147,11 +150,15 @@ def _plan(
     for shard, block in enumerate(blocks):
         if any(unit.path == STANDARD_INPUT for unit in block):  # only rank 0 has the standard input
             writers[0], writers[shard] = shard, 0
-    return _Job(path, load_tokenizer(tokenizer), chunk_tokens, blocks, writers, secrets.token_hex(4))
+    return _Job(path, overwrite, load_tokenizer(tokenizer), chunk_tokens, blocks, writers, secrets.token_hex(4))
 
 
-def _write(job: _Job, comm: MPI.Comm | None, own: list[Path], progress: Callable[[int], object] | None) -> None:
-    """Write and join the shards; ``own`` lists what this rank has made."""
+def _exists(path: Path) -> CorpusError:
+    return CorpusError(f"{path} exists and is not overwritten without --overwrite")
+
+
+def _write(job: _Job, comm: MPI.Comm | None, own: list[Path], progress: Callable[[int], object] | None) -> list[Path]:
+    """Write and join the shards, and return what `_publish` does; ``own`` lists what this rank has made."""
     rank, _ = rank_and_size(comm)
     block = job.writers[rank]
     failing = f"cannot write {job.path}"
@@ -175,9 +182,11 @@ def _write(job: _Job, comm: MPI.Comm | None, own: list[Path], progress: Callable
         if shard is not None and shard.num_tokens and not alone:
             own.append(job.path.parent / shard.name)
             job.partial_path(shard.name).replace(own[-1])
+    replaced: list[Path] = []
     with agreed(comm), corpus_errors(failing):
         if rank == 0:
-            corpus.replace(job.path)
+            replaced = _publish(job, corpus)
+    return replaced
 
 
 def _write_shard(job: _Job, block: int, progress: Callable[[int], object] | None) -> Shard:
@@ -198,12 +207,34 @@ def _write_shard(job: _Job, block: int, progress: Callable[[int], object] | None
     return Shard(name, writer.num_tokens, writer.num_bytes, writer.num_documents)
 
 
-def _remove_leftovers(job: _Job, comm: MPI.Comm | None) -> None:
-    """Remove this rank's shard if the corpus does without it, and the shards of the corpus that was replaced."""
+def _publish(job: _Job, corpus: Path) -> list[Path]:
+    """Give the finished file its name; return the shards of the corpus that it replaced."""
+    if job.overwrite:
+        replaced = _shards_of(job.path)
+        corpus.replace(job.path)
+        return replaced
+    try:
+        job.path.hardlink_to(corpus)  # unlike a rename, it fails if another job has made the file meanwhile
+    except FileExistsError as error:
+        raise _exists(job.path) from error
+    return []
+
+
+def _shards_of(path: Path) -> list[Path]:
+    """Return the shards that are the corpus's own: a copy under another name shares those of its original."""
+    try:
+        names = shard_names(path)
+    except CorpusError:  # nothing is there, or a file that is no corpus and so has no shards
+        return []
+    return [path.parent / name for name in names if name.startswith(f"{path.name}.")]
+
+
+def _remove_leftovers(job: _Job, comm: MPI.Comm | None, replaced: list[Path]) -> None:
+    """Remove the temporary files of this rank, and on rank 0 the shards of the corpus that was replaced."""
     rank, _ = rank_and_size(comm)
+    leftovers = [job.partial_path(job.shard_name(job.writers[rank])), *replaced]
+    if rank == 0:
+        leftovers.append(job.partial_path(job.path.name))
     with agreed(comm), corpus_errors(f"cannot remove what {job.path} no longer needs"):
-        job.partial_path(job.shard_name(job.writers[rank])).unlink(missing_ok=True)
-        if rank == 0:
-            for old in job.path.parent.glob(f"{glob.escape(job.path.name)}.????????.shard-*.h5"):
-                if not old.name.startswith(f"{job.path.name}.{job.label}."):
-                    old.unlink()
+        for path in leftovers:
+            path.unlink(missing_ok=True)
