@@ -427,7 +427,7 @@ def test_impossible_output_is_one_line(tmp_path):
         prepare([text], tmp_path / "corpus.h5", chunk_tokens=0)
 
 
-def test_progress_counts_every_byte(tmp_path):
+def test_progress_counts_every_byte_in_pieces(tmp_path):
     (tmp_path / "text").write_bytes(bytes(3_000_000))
     seen = []
     prepare([tmp_path / "text"], tmp_path / "corpus.h5", progress=seen.append)

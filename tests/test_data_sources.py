@@ -146,7 +146,7 @@ def test_no_source_or_second_standard_input_is_refused(tmp_path):
 def test_unreadable_source_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"x")
 
-    def refuse(self, *_):
+    def refuse(self, *_, **__):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)  # file modes do not stop the superuser
@@ -181,6 +181,24 @@ def test_memory_does_not_grow_with_the_document(tmp_path, kind):
     assert peak < 16 << 20
     with Corpus(path) as corpus:
         assert corpus.num_tokens == size
+
+
+def test_progress_counts_bytes_as_stored_whatever_the_compression(tmp_path):
+    sources, _ = write_sources(tmp_path)
+    (tmp_path / "more.gz").write_bytes(gzip.compress(bytes(5_000_000)) + gzip.compress(random_bytes(3_000_000, 1)))
+    for source in (*find_units(sources), *find_units([tmp_path / "more.gz"])):
+        seen = []
+        for document in source.documents(seen.append):
+            assert all(len(block) <= BLOCK_BYTES for block in document.blocks)
+        assert sum(seen) == source.size == Path(source.path).stat().st_size
+    assert len(seen) >= 3
+
+
+def test_progress_counts_standard_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(bytes(5000))))
+    seen = []
+    prepare(["-"], tmp_path / "corpus.h5", progress=seen.append)
+    assert sum(seen) == 5000
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])

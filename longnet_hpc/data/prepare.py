@@ -81,7 +81,8 @@ def prepare(
     overwrite : bool
         Replace an existing file, and remove the shards that it names.
     progress : callable, optional
-        Called on each rank with the size, in bytes, of every further block of text that it has read.
+        Called on each rank with the size, in bytes, of every further piece of a source that it has read. Compressed
+        files count as stored: in all, the ranks report the sizes of the files, whatever text these hold.
 
     Returns
     -------
@@ -196,12 +197,10 @@ def _write_shard(job: _Job, block: int, progress: Callable[[int], object] | None
         def counted(blocks: Iterator[bytes]) -> Iterator[bytes]:
             for text in blocks:
                 writer.num_bytes += len(text)
-                if progress is not None:
-                    progress(len(text))
                 yield text
 
         for unit in job.blocks[block]:
-            for document in unit.documents():
+            for document in unit.documents(progress):
                 writer.add_document(document.name, job.tokenizer.encode(document.name, counted(document.blocks)))
         writer.close()
     return Shard(name, writer.num_tokens, writer.num_bytes, writer.num_documents)

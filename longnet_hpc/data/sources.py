@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import io
 import lzma
 import os
 import sys
@@ -13,9 +14,8 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from longnet_hpc.data.failures import corpus_errors
 from longnet_hpc.errors import CorpusError
@@ -28,13 +28,13 @@ BLOCK_BYTES = 1 << 20
 STANDARD_INPUT = "-"
 """The source that stands for standard input."""
 
-_DECOMPRESSORS: dict[str, Callable[[str], BufferedIOBase]] = {
-    ".gz": gzip.GzipFile,
-    ".tgz": gzip.GzipFile,
-    ".xz": lzma.LZMAFile,
-    ".txz": lzma.LZMAFile,
-    ".bz2": bz2.BZ2File,
-    ".tbz2": bz2.BZ2File,
+_DECOMPRESSORS: dict[str, Callable[[io.BufferedReader], io.BufferedIOBase]] = {
+    ".gz": gzip.open,
+    ".tgz": gzip.open,
+    ".xz": lzma.open,
+    ".txz": lzma.open,
+    ".bz2": bz2.open,
+    ".tbz2": bz2.open,
 }
 _ARCHIVES = (".tar", ".tgz", ".txz", ".tbz2")
 _ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
@@ -59,8 +59,13 @@ class Unit:
     size: int
     """Size in bytes as stored, by which work is shared out; 0 for standard input."""
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, progress: Callable[[int], object] | None = None) -> Iterator[Document]:
         """Iterate over the documents of this unit in order, without holding a whole one in memory.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with the size, in bytes as stored, of every further piece that has been read; the sum is `size`.
 
         Raises
         ------
@@ -68,9 +73,14 @@ class Unit:
             While iterating, if the file cannot be read, is truncated or is damaged.
         """
         if self.path == STANDARD_INPUT:
-            yield Document(self.path, _blocks_of(sys.stdin.buffer, self.path))
+            stored = _counted(cast(io.BufferedReader, sys.stdin.buffer), progress)
+            yield Document(self.path, _blocks_of(stored, self.path))
             return
-        with corpus_errors(f"cannot read {self.path}", _ERRORS), _open(self.path) as stream:
+        with (
+            corpus_errors(f"cannot read {self.path}", _ERRORS),
+            Path(self.path).open("rb", buffering=0) as file,
+            _decompressed(_counted(file, progress), self.path) as stream,
+        ):
             if _is_archive(self.path):
                 yield from _members(stream, self.path)
             else:
@@ -151,9 +161,30 @@ def _sorted(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: path.parts)
 
 
-def _open(path: str) -> BufferedIOBase:
+class _Counted(io.RawIOBase):
+    """Reports how many bytes are read from a stream, which it does not close."""
+
+    def __init__(self, stream: io.FileIO | io.BufferedReader, progress: Callable[[int], object] | None) -> None:
+        self._stream = stream
+        self._progress = progress
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = self._stream.readinto(buffer)
+        if self._progress is not None and count:
+            self._progress(count)
+        return count
+
+
+def _counted(stream: io.FileIO | io.BufferedReader, progress: Callable[[int], object] | None) -> io.BufferedReader:
+    return io.BufferedReader(_Counted(stream, progress), BLOCK_BYTES)
+
+
+def _decompressed(stored: io.BufferedReader, path: str) -> io.BufferedIOBase:
     decompressor = _DECOMPRESSORS.get(Path(path).suffix.lower())
-    return Path(path).open("rb") if decompressor is None else decompressor(path)
+    return stored if decompressor is None else decompressor(stored)
 
 
 def _is_archive(path: str) -> bool:
@@ -161,13 +192,13 @@ def _is_archive(path: str) -> bool:
     return suffixes[-1] in _ARCHIVES or (suffixes[0] == ".tar" and suffixes[-1] in _DECOMPRESSORS)
 
 
-def _blocks_of(stream: BufferedIOBase | IO[bytes], name: str) -> Iterator[bytes]:
+def _blocks_of(stream: io.BufferedIOBase | IO[bytes], name: str) -> Iterator[bytes]:
     with corpus_errors(f"cannot read {name}", _ERRORS):
         while block := stream.read(BLOCK_BYTES):
             yield block
 
 
-def _members(stream: BufferedIOBase, path: str) -> Iterator[Document]:
+def _members(stream: io.BufferedIOBase, path: str) -> Iterator[Document]:
     """Iterate over the regular files of an archive, read forward only."""
     with tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER_BYTES, tarinfo=_StrictTarInfo) as archive:
         while (member := archive.next()) is not None:
