@@ -15,7 +15,7 @@ _HOMES = {
     "LongNetError": "longnet_hpc.errors",
     "Partition": "longnet_hpc.partition",
     "Pattern": "longnet_hpc.pattern",
-    "SequencePlan": "longnet_hpc.parallel",
+    "SequencePlan": "longnet_hpc.sequence_plan",
     "dilated_attention": "longnet_hpc.parallel",
 }
 

@@ -8,7 +8,7 @@ key/value head, the stride between heads is 0, or one token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -16,7 +16,7 @@ from itertools import groupby
 from longnet_hpc.partition import Run
 from longnet_hpc.pattern import Branch
 
-__all__ = ["Grid", "head_grids", "piece_grids", "row_grids"]
+__all__ = ["Grid", "head_grids", "limited", "piece_grids", "row_grids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,10 @@ class Grid:
     first_head: int
     head_step: int
     heads: int
+
+    def pieces(self, first: int, count: int) -> Grid:
+        """Return the grid of ``count`` of its pieces from number ``first`` on."""
+        return replace(self, start=self.start + first * self.length, count=count)
 
     @property
     def one_head(self) -> bool:
@@ -161,6 +165,17 @@ def head_grids(branch: Branch, run: Run, offset: int, heads: tuple[int, ...]) ->
     first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
     pairs = [_Pair(first_row, rows, head, head) for head in heads]
     return tuple(_grid(branch, run, bundle, step) for bundle, step in _bundles(pairs))
+
+
+def limited(pairs: Iterable[tuple[Grid, Grid]], count: int) -> Iterator[tuple[Grid, Grid]]:
+    """Yield pairs of grids, those of more than ``count`` pieces in several parts."""
+    for grid, kv_grid in pairs:
+        if grid.count <= count:
+            yield grid, kv_grid
+            continue
+        for first in range(0, grid.count, count):
+            pieces = min(count, grid.count - first)
+            yield grid.pieces(first, pieces), kv_grid.pieces(first, pieces)
 
 
 def _bundles(pairs: Iterable[_Pair]) -> list[tuple[list[_Pair], tuple[int, int, int]]]:

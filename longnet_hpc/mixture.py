@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from longnet_hpc.comm.buffers import Pending
-    from longnet_hpc.parallel import SequencePlan
+    from longnet_hpc.sequence_plan import SequencePlan
 
 __all__ = ["mixture"]
 
@@ -74,7 +74,7 @@ class _Mixture(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SequencePlan, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
         exchanges = plan.exchanges(heads, kv_heads, causal=causal)
         flights = [exchange.start(k, v) for _, exchange in exchanges]
@@ -105,7 +105,7 @@ class _Mixture(torch.autograd.Function):
         q, k, v, out, lse, *row_tensors = ctx.saved_tensors
         plan: SequencePlan = ctx.plan
         heads, kv_heads = q.shape[2], k.shape[2]
-        output = Output(dout.contiguous(), out, lse)
+        output = Output(_laid_out(dout), out, lse)
         dq, dk, dv = GradientSum(q), GradientSum(k), GradientSum(v)
         exchanges = plan.exchanges(heads, kv_heads, causal=ctx.causal)
         flights: list[Pending] = []
@@ -139,6 +139,17 @@ class _Mixture(torch.autograd.Function):
             exchange.finish_adjoint(flight, k, dk, dv)
         plan.count_seconds(flights)
         return dq.result(), dk.result(), dv.result()
+
+
+def _laid_out(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` with a dense last dim and, on a GPU, aligned to the 16 bytes that kernels load at once."""
+    elements = 16 // x.element_size()
+    if not x.is_cuda or x.shape[-1] % elements:
+        elements = 1  # no kernel loads so much at once
+    aligned = x.data_ptr() % (elements * x.element_size()) == 0 and all(
+        stride % elements == 0 for stride in x.stride()[:-1]
+    )
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _driving(flights: list[Pending]) -> Callable[[], None]:

@@ -13,8 +13,9 @@ from longnet_hpc.config import LongNetConfig
 from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.dropout import position_dropout
 from longnet_hpc.errors import LongNetError, ShapeError
-from longnet_hpc.parallel import SequencePlan
+from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
+from longnet_hpc.sequence_plan import SequencePlan
 
 __all__ = ["Block", "LongNet"]
 
@@ -157,6 +158,10 @@ class LongNet(nn.Module):
             _check_tokens(tokens, self.config.vocab_size)
             if plan is None:
                 plan = SequencePlan.build(self.config.pattern, tokens.shape[1], device=tokens.device)
+            if plan.pattern != self.config.pattern:
+                raise ShapeError(
+                    f"the plan has pattern {_in_words(plan.pattern)}, not the model's {_in_words(self.config.pattern)}"
+                )
             if tokens.shape[1] != plan.local_len:
                 raise ShapeError(f"this rank owns {plan.local_len} tokens of the plan, got {tokens.shape[1]}")
             if targets is not None:
@@ -172,6 +177,7 @@ class LongNet(nn.Module):
         if error is None:
             wants_grad = torch.is_grad_enabled()
             facts = {
+                "model": self.config,
                 "batch": tokens.shape[0],
                 "dtype": self._computed_in(tokens.device),
                 "dropout_seed": dropout_seed,
@@ -230,6 +236,10 @@ class LongNet(nn.Module):
         """
         hidden = self._hidden(tokens, self._agreed_plan(plan, tokens, targets, dropout_seed), dropout_seed)
         return token_losses(hidden, self.head.weight, targets)
+
+
+def _in_words(pattern: Pattern) -> str:
+    return f"w = {list(pattern.segment_lengths)}, r = {list(pattern.dilation_rates)}"
 
 
 def _check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:

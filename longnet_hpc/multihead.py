@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from longnet_hpc.comm import agreed
 from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
-from longnet_hpc.errors import ConfigError, ShapeError
-from longnet_hpc.parallel import dilated_attention
+from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
+from longnet_hpc.parallel import agreed_attention
 from longnet_hpc.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -149,8 +148,30 @@ class DilatedAttention(nn.MultiheadAttention):
         ShapeError
             If the shapes do not fit together.
         """
-        with agreed(self.comm):
+        error: LongNetError | None = None
+        q, k, v, causal = query, key, value, False
+        try:
             causal = self._check(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+            q, k, v = self._project(query, key, value)
+        except LongNetError as caught:
+            error = caught
+        mixed, _ = agreed_attention(
+            *(q, k, v, self.pattern),
+            causal=causal,
+            softmax_scale=self.softmax_scale,
+            comm=self.comm,
+            backend=self.backend,
+            error=error,
+        )
+        out: torch.Tensor = self.out_proj(mixed.flatten(2))
+        if query.dim() == 2:
+            return out.squeeze(0), None
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def _project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values as attention takes them, ``(batch, seq, heads, head_dim)``."""
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -166,22 +187,7 @@ class DilatedAttention(nn.MultiheadAttention):
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim))
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        mixed = dilated_attention(
-            q,
-            k,
-            v,
-            self.pattern.segment_lengths,
-            self.pattern.dilation_rates,
-            causal=causal,
-            softmax_scale=self.softmax_scale,
-            comm=self.comm,
-            backend=self.backend,
-        )
-        assert isinstance(mixed, torch.Tensor)
-        out: torch.Tensor = self.out_proj(mixed.flatten(2))
-        if not batched:
-            return out.squeeze(0), None
-        return (out if self.batch_first else out.transpose(0, 1)), None
+        return q, k, v
 
     def _check(
         self,

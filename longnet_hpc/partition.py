@@ -105,10 +105,10 @@ class Partition:
         Raises
         ------
         PartitionError
-            If a length is negative.
+            If a length is negative or not an integer.
         """
-        if any(length < 0 for length in lengths):
-            raise PartitionError(f"slice lengths must be at least 0 tokens, got {tuple(lengths)}")
+        if any(not isinstance(length, int) or length < 0 for length in lengths):
+            raise PartitionError(f"slice lengths must be integers of at least 0 tokens, got {tuple(lengths)}")
         return cls((0, *accumulate(lengths)))
 
     @classmethod
@@ -204,13 +204,16 @@ def communicator_rounds(groups: Iterable[tuple[int, ...]]) -> list[list[tuple[in
         Rounds, each a list of disjoint groups; every group is in exactly one round.
     """
     rounds: list[list[tuple[int, ...]]] = []
+    taken: list[set[int]] = []
     for group in groups:
-        for members in rounds:
-            if all(set(group).isdisjoint(other) for other in members):
+        for members, ranks in zip(rounds, taken, strict=True):
+            if ranks.isdisjoint(group):
                 members.append(group)
+                ranks.update(group)
                 break
         else:
             rounds.append([group])
+            taken.append(set(group))
     return rounds
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import SupportsIndex
 
 from longnet_hpc.errors import PatternError
 
@@ -36,14 +37,8 @@ class Branch:
     dilation_rate: int
 
     def __post_init__(self) -> None:
-        for name, value in (("segment length", self.segment_length), ("dilation rate", self.dilation_rate)):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise PatternError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise PatternError(f"{name} must be at least 1, got {value}")
-        # NumPy's integers and torch's become Python's, which never wrap.
-        object.__setattr__(self, "segment_length", index(self.segment_length))
-        object.__setattr__(self, "dilation_rate", index(self.dilation_rate))
+        object.__setattr__(self, "segment_length", _integer("segment length", self.segment_length, 1))
+        object.__setattr__(self, "dilation_rate", _integer("dilation rate", self.dilation_rate, 1))
 
     def offsets(self, heads: int) -> range:
         """Return the head offsets that occur among ``heads`` heads and have positions on their grid."""
@@ -79,6 +74,9 @@ class Pattern:
         object.__setattr__(self, "branches", tuple(self.branches))
         if not self.branches:
             raise PatternError("a pattern needs at least 1 branch, got 0")
+        for branch in self.branches:
+            if not isinstance(branch, Branch):
+                raise PatternError(f"a pattern is made of branches, got {branch!r}")
 
     def __iter__(self) -> Iterator[Branch]:
         return iter(self.branches)
@@ -130,10 +128,9 @@ class Pattern:
         PatternError
             If ``seq_len`` or ``base`` is below 1 or ``ratio`` below 2.
         """
-        if seq_len < 1 or base < 1 or ratio < 2:
-            raise PatternError(
-                f"a geometric pattern needs seq_len >= 1, base >= 1 and ratio >= 2, got {seq_len}, {base} and {ratio}"
-            )
+        seq_len = _integer("seq_len of a geometric pattern", seq_len, 1)
+        base = _integer("base of a geometric pattern", base, 1)
+        ratio = _integer("ratio of a geometric pattern", ratio, 2)
         branches = [Branch(base, 1)]
         while branches[-1].segment_length < seq_len:
             branches.append(Branch(branches[-1].segment_length * ratio, branches[-1].dilation_rate * ratio))
@@ -175,3 +172,12 @@ class Pattern:
                     visible = rows * (rows + 1) // 2 if causal else rows * rows
                     pairs += segments * visible * len(branch.heads_at(offset, heads))
         return 4 * pairs * head_dim
+
+
+def _integer(name: str, value: object, limit: int) -> int:
+    """Return a value as Python's integer, which never wraps, unlike NumPy's and torch's."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise PatternError(f"{name} must be an integer, got {value!r}")
+    if index(value) < limit:
+        raise PatternError(f"{name} must be at least {limit}, got {value}")
+    return index(value)

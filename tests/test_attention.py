@@ -4,21 +4,22 @@ import numpy
 import oracle
 import pytest
 import torch
-from cases import cases
+from cases import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longnet_hpc import Pattern, SequencePlan, dilated_attention, parallel
+from longnet_hpc import Pattern, SequencePlan, dilated_attention, sequence_plan
+from longnet_hpc.attention import BACKENDS, Backend, branch, reference, views
 from longnet_hpc.errors import BackendError, PatternError, ShapeError
 from longnet_hpc.pattern import Branch
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
-def results(case, dtype, backend="auto", views=lambda x: x):
+def results(case, dtype, backend="auto", laid_out=lambda x: x):
     """Return (out, lse, dq, dk, dv) of the library and of the oracle on the same rounded inputs."""
     q, k, v, dout = case.tensors(dtype)
-    leaves = [views(x).detach().requires_grad_() for x in (q, k, v)]
+    leaves = [laid_out(x).detach().requires_grad_() for x in (q, k, v)]
     out, lse = dilated_attention(*leaves, *case.pattern, causal=case.causal, backend=backend, return_lse=True)
     grads = torch.autograd.grad(out, leaves, dout)
     expected = oracle.attention_with_gradients(q, k, v, dout, *case.pattern, case.causal)
@@ -53,14 +54,14 @@ def test_reference_backend_equals_oracle(case):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=cases(), layout=st.sampled_from(("heads first", "head_dim strided", "fused qkv")))
 def test_result_is_exact_for_strided_inputs(case, layout):
-    def views(x):
+    def laid_out(x):
         if layout == "heads first":
             return x.transpose(1, 2).contiguous().transpose(1, 2)
         if layout == "head_dim strided":
             return x.transpose(2, 3).contiguous().transpose(2, 3)
         return torch.cat((x, x + 1, x - 1), dim=-1)[..., : x.shape[-1]]
 
-    assert_close(*results(case, torch.float64, views=views), 1e-10)
+    assert_close(*results(case, torch.float64, laid_out=laid_out), 1e-10)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -104,6 +105,76 @@ def test_ragged_segment_has_no_padding_in_its_softmax():
     assert lse[0, 4, 0].item() == 0.0  # one key of score 0, which a test for "absent" must not take for none
 
 
+def test_log_sum_exp_of_zero_is_merged_like_any_other():
+    """With equal scores of 0 a segment of one key has lse 0; those who take that for "absent" lose the key."""
+    v = torch.arange(1, 7, dtype=torch.float64).reshape(1, 6, 1, 1)
+    zeros = torch.zeros_like(v)
+    for pattern in (([1, 3], [1, 1]), ([3, 1], [1, 1]), ([1, 1, 6], [1, 1, 1])):
+        expected = oracle.attention_with_gradients(zeros, zeros, v, v, *pattern, False)[:2]
+        torch.testing.assert_close(dilated_attention(zeros, zeros, v, *pattern, return_lse=True), expected)
+
+
+def test_sums_over_branches_are_wide_for_half_precision():
+    """64 times the same branch changes nothing but the log-sum-exp; sums in bfloat16 would drift by per cents."""
+    torch.manual_seed(0)
+    q, k, v, dout = torch.randn(4, 1, 96, 2, 8, dtype=torch.bfloat16)
+    results = []
+    for times in (1, 64):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = dilated_attention(*leaves, [96] * times, [1] * times)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+    for once, many in zip(*results, strict=True):
+        assert (once.double() - many.double()).norm() / once.double().norm() < 4e-3
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_backend_is_handed_the_tensors_themselves(monkeypatch, heads):
+    """No gathered copies: every query, key and value that a kernel gets lies in the memory of the caller's tensors."""
+    q, k, v = (torch.randn(1, 48, n, 4, requires_grad=True) for n in (4, heads, heads))
+    owned = [x.untyped_storage().data_ptr() for x in (q, k, v)]
+    library, seen = BACKENDS["library"], []
+
+    def forward(*views, **options):
+        seen.append([x.untyped_storage().data_ptr() for x in views])
+        return library.forward(*views, **options)
+
+    def backward(dout, *others, **options):
+        seen.append([x.untyped_storage().data_ptr() for x in others[:3]])
+        return library.backward(dout, *others, **options)
+
+    monkeypatch.setitem(BACKENDS, "spy", Backend("spy", library.supports, forward, backward))
+    dilated_attention(q, k, v, [7, 16, 48], [1, 3, 5], causal=True, backend="spy").sum().backward()
+    assert len(seen) > 6
+    assert all(views == owned for views in seen)
+
+
+def test_many_pieces_are_computed_some_at_a_time(monkeypatch):
+    for limit in (1, 5):
+        monkeypatch.setattr(views, "MAX_PIECES", limit)
+        monkeypatch.setattr(branch, "MAX_PIECES", limit)
+        case = Case(2, 70, 3, 1, 4, (4, 30), (1, 2), True, seed=1)
+        assert_close(*results(case, torch.float64), 1e-10)
+
+
+def test_memory_of_the_reference_does_not_grow_with_the_number_of_pieces(monkeypatch):
+    sizes = []
+    scores = reference._scores
+
+    def counted(*arguments, **options):
+        made = scores(*arguments, **options)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(reference, "_scores", counted)
+    monkeypatch.setattr(reference, "BLOCK_SCORES", 2 * 3 * 8 * 8)
+    leaves = [torch.randn(2, 160, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out = dilated_attention(*leaves, [8], [1], backend="reference")
+    expected = oracle.attention_with_gradients(*leaves, torch.ones_like(out), [8], [1], False)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), tuple(expected[2:]))
+    assert max(sizes) <= 2 * 3 * 8 * 8
+
+
 def test_gradient_passes_gradcheck_through_the_mixture_weights():
     leaves = [torch.randn(1, 11, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *x: dilated_attention(*x, [4, 11], [1, 2], causal=True), leaves)
@@ -143,8 +214,10 @@ def test_no_dense_temporary_is_saved_per_branch():
         ({"q": torch.zeros(1, 8, 4, 4).int()}, ShapeError, "int32"),
         ({"q": torch.zeros(1, 8, 4, 4).to(torch.float8_e5m2)}, ShapeError, "float8_e5m2"),
         ({"segment_lengths": 8}, PatternError, "must be a list of integers, one a branch, got 8"),
-        ({"softmax_scale": math.nan}, ShapeError, "finite number, got nan"),
-        ({"softmax_scale": "x"}, ShapeError, "finite number, got 'x'"),
+        ({"softmax_scale": math.nan}, ShapeError, "finite number above 0, got nan"),
+        ({"softmax_scale": 0.0}, ShapeError, "finite number above 0, got 0.0"),
+        ({"softmax_scale": "x"}, ShapeError, "finite number above 0, got 'x'"),
+        ({"q": None}, ShapeError, "must be tensors, got NoneType, Tensor, Tensor"),
         ({"backend": "magic"}, BackendError, "'magic'"),
     ],
 )
@@ -167,12 +240,12 @@ def test_autocast_does_not_lower_the_products_of_attention():
 
 
 def test_branch_that_is_one_object_twice_counts_twice():
-    branch = Branch(8, 1)
-    parallel._PLANS.clear()  # an equal pattern of two objects may be there
+    twice_the_same = Branch(8, 1)
+    sequence_plan._PLANS.clear()  # an equal pattern of two objects may be there
     x = torch.randn(1, 8, 2, 4)
     (once, lse_once), (twice, lse_twice) = (
         SequencePlan.build(Pattern(branches), 8).attend(x, x, x, causal=False)
-        for branches in ((branch,), [branch, branch])
+        for branches in ((twice_the_same,), [twice_the_same, twice_the_same])
     )
     torch.testing.assert_close(twice, once)
     torch.testing.assert_close(lse_twice, lse_once + math.log(2))

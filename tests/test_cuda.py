@@ -60,3 +60,38 @@ def test_ranks_on_gpus_equal_the_oracle(comm, dtype, way, monkeypatch):
         assert_all_close(comm, zip(actual, expected, strict=True), TOLERANCE[dtype])
     total = all_reduce_sum(comm, torch.full((3,), comm.rank + 1.0, device="cuda", dtype=dtype))
     assert_all_close(comm, [(total.cpu(), torch.full((3,), comm.size * (comm.size + 1) / 2).to(dtype))], 0.0)
+
+
+def check_close(x, pattern, **options):
+    """Compare with float64 on the CPU."""
+    leaves = [part.detach().requires_grad_() for part in x]
+    out = dilated_attention(*leaves, *pattern, **options)
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    wide = [part.detach().double().cpu().requires_grad_() for part in x]
+    expected = dilated_attention(*wide, *pattern, **options)
+    expected_grads = torch.autograd.grad(expected.sum(), wide)
+    for actual, right in zip((out, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(actual.double().cpu(), right, atol=6e-2, rtol=6e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_pieces_than_a_launch_may_have_are_computed(dtype):
+    x = torch.randn(3, 1, 4 * 70000, 1, 8, device="cuda", dtype=dtype)
+    check_close(x, ([4], [1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tensors_that_kernels_cannot_load_as_they_lie_are_copied(dtype):
+    shapes = {
+        "odd offset in each row": torch.randn(3, 1, 100, 2, 9, device="cuda", dtype=dtype)[..., 1:],
+        "odd stride": torch.randn(3, 1, 100, 2, 12, device="cuda", dtype=dtype)[..., :8],
+        "odd storage offset": torch.randn(3 * 1600 + 1, device="cuda", dtype=dtype)[1:].view(3, 1, 100, 2, 8),
+    }
+    for x in shapes.values():
+        check_close(x, ([16, 100], [1, 2]), causal=True)
+
+
+def test_row_strides_beyond_32_bits_are_reached():
+    x = torch.randn(3, 1, 2, 1, 4, device="cuda")
+    far = torch.as_strided(torch.randn(2**31 + 64, device="cuda"), (1, 2, 1, 4), (0, 2**31, 0, 1))
+    check_close([far, x[1], x[2]], ([2], [1]))

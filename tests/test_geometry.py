@@ -143,10 +143,30 @@ def test_bounds_that_are_no_partition_raise(bounds):
         Partition(bounds)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1, 2), (1, 0, 2), (1, 1, 1)])
-def test_impossible_geometric_pattern_raises(arguments):
-    with pytest.raises(PatternError, match="geometric pattern needs"):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0, 1, 2), "seq_len of a geometric pattern must be at least 1, got 0"),
+        ((1, 0, 2), "base of a geometric pattern must be at least 1, got 0"),
+        ((1, 1, 1), "ratio of a geometric pattern must be at least 2, got 1"),
+        ((10.5, 1, 2), "must be an integer, got 10.5"),
+        (("10", 1, 2), "must be an integer, got '10'"),
+    ],
+)
+def test_impossible_geometric_pattern_raises(arguments, words):
+    with pytest.raises(PatternError, match=words):
         Pattern.geometric(*arguments)
+
+
+def test_pattern_of_anything_but_branches_raises():
+    with pytest.raises(PatternError, match="made of branches, got 1"):
+        Pattern((1, 2))
+
+
+@pytest.mark.parametrize("lengths", [(3, -1), (2.5, 3)])
+def test_slices_of_impossible_lengths_raise(lengths):
+    with pytest.raises(PartitionError, match="integers of at least 0 tokens"):
+        Partition.from_lengths(lengths)
 
 
 def test_geometry_needs_neither_torch_nor_mpi():

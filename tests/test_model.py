@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet_hpc import LongNet, LongNetConfig, SequencePlan
+from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan
 from longnet_hpc import cross_entropy as pieces
 from longnet_hpc.config import PRESETS
 from longnet_hpc.errors import ConfigError, ShapeError
@@ -23,6 +23,13 @@ def micro_model(**changes):
 
 def tokens(seq, batch=2, seed=0):
     return torch.randint(0, 17, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def test_plan_of_another_pattern_is_refused():
+    model, x = micro_model(), tokens(29)
+    plan = SequencePlan.build(Pattern.from_lists([29], [1]), 29)
+    with pytest.raises(ShapeError, match=r"w = \[29\], r = \[1\], not the model's w = \[8, 32\], r = \[1, 3\]"):
+        model(x, plan)
 
 
 def test_later_token_does_not_change_earlier_logits():

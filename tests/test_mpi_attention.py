@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parallel_case import assert_all_close, cut, own_slice
 
-from longnet_hpc import Pattern, SequencePlan, dilated_attention, parallel
+from longnet_hpc import Pattern, SequencePlan, dilated_attention, sequence_plan
 from longnet_hpc.attention import BACKENDS, Backend
 from longnet_hpc.attention.sums import GradientSum
 from longnet_hpc.comm import groups_of
@@ -120,9 +120,9 @@ def test_exchange_starts_before_the_computing_moves_during_it_and_ends_after_it(
     monkeypatch.setitem(BACKENDS, "spy", spy)
     for name in ("test", "finish"):
         monkeypatch.setattr(Pending, name, recorded(name, getattr(Pending, name)))
-    monkeypatch.setattr(parallel.SpanExchange, "start", recorded("start", parallel.SpanExchange.start))
-    start_adjoint = parallel.SpanExchange.start_adjoint
-    monkeypatch.setattr(parallel.SpanExchange, "start_adjoint", recorded("start adjoint", start_adjoint))
+    monkeypatch.setattr(sequence_plan.SpanExchange, "start", recorded("start", sequence_plan.SpanExchange.start))
+    start_adjoint = sequence_plan.SpanExchange.start_adjoint
+    monkeypatch.setattr(sequence_plan.SpanExchange, "start_adjoint", recorded("start adjoint", start_adjoint))
     leaves = [torch.randn(1, 16, 4, 8, requires_grad=True) for _ in range(3)]
     out = dilated_attention(*leaves, [4, 16 * comm.size], [1, 2], comm=comm, backend="spy")
     # One run of four segments and one piece, of 1 and 2 offsets; then the rows of others, again 2 offsets.
@@ -130,6 +130,12 @@ def test_exchange_starts_before_the_computing_moves_during_it_and_ends_after_it(
     events.clear()
     out.sum().backward()
     assert events == [*("backward",) * 2, "start adjoint", *("backward", "test") * 3, "finish"]
+
+
+def test_argument_that_is_no_tensor_on_one_rank_raises_on_all_ranks(comm):
+    x = torch.zeros(1, 4, 2, 4)
+    with pytest.raises(ShapeError, match="must be tensors, got NoneType"):
+        dilated_attention(None if comm.rank == 1 else x, x, x, [8], [1], comm=comm)
 
 
 def test_error_on_one_rank_raises_on_all_ranks(comm):
@@ -147,6 +153,57 @@ def test_plan_and_communicators_are_made_once_and_freed_with_their_communicator(
         assert made
         private.Free()
         assert all(not group for group in made)  # a freed communicator is COMM_NULL
+
+
+def test_communicators_of_dropped_plans_are_freed_once_no_rank_needs_them(comm, monkeypatch):
+    monkeypatch.setattr(sequence_plan, "MAX_PLANS", 2)
+    private = comm.Dup()
+    pattern = Pattern.from_lists([6], [1])
+    half = comm.size // 2
+
+    def plan_of(number):
+        """A plan whose one spanning segment is shared by the first ``number`` ranks."""
+        lengths = [1] * (number - 1) + [6 * comm.size + 1 - number] + [6] * (comm.size - number)
+        return SequencePlan.build(pattern, lengths[comm.rank], comm=private)
+
+    x = torch.randn(1, plan_of(comm.size).local_len, 2, 4, requires_grad=True)
+    out = plan_of(comm.size).attention(x, x, x, causal=True) if comm.rank == 0 or half else None
+    groups = groups_of(private)
+    assert tuple(range(comm.size)) in groups._known
+    for _ in range(3):
+        for length in range(20, 24):  # local segments alone: nothing to exchange
+            SequencePlan.build(pattern, 6 * length, comm=private)
+    assert tuple(range(comm.size)) in groups._known  # the backward pass to come needs it
+    out.sum().backward()
+    del out
+    for length in range(30, 34):
+        SequencePlan.build(pattern, 6 * length, comm=private)
+    assert not groups._known
+    private.Free()
+
+
+def test_seconds_of_exchanges_are_counted(comm, monkeypatch):
+    plan = SequencePlan.build(Pattern.from_lists([16 * comm.size], [1]), 16, comm=comm)
+    x = torch.randn(1, 16, 2, 4)
+    before = plan.seconds_tested, plan.seconds_waited
+    plan.attention(x, x, x, causal=False)
+    assert plan.seconds_tested > before[0]
+    assert plan.seconds_waited > before[1]
+
+
+@pytest.mark.mpi(min_size=3)
+def test_gradients_of_many_ranks_are_summed_in_float32(comm):
+    """256 + 1 is 257 in float32 and 256 in bfloat16."""
+    plan = SequencePlan.build(Pattern.from_lists([2 * comm.size], [1]), 2, comm=comm)
+    k = v = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
+    ((_, exchange),) = plan.exchanges(1, 1, causal=False)
+    rows = exchange.finish(exchange.start(k, v), k)
+    part = {0: 0.0, 1: 256.0}.get(comm.rank, 1.0)
+    grads = {offset: tuple(torch.full_like(x, part) for x in pair) for offset, pair in rows.items()}
+    sums = GradientSum(k), GradientSum(v)
+    exchange.finish_adjoint(exchange.start_adjoint(grads, k), k, *sums)
+    if comm.rank == 0:
+        assert all((total._total == 256.0 + comm.size - 2).all() for total in sums)
 
 
 def test_same_bits_in_two_runs(comm):

@@ -80,6 +80,32 @@ def test_sum_over_ranks_is_split_into_buckets(comm, monkeypatch):
     assert_all_close(comm, [(communication.all_reduce_sum(comm, mine), expected)], 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_sum_over_ranks_of_another_kind_of_number_is_refused(comm, dtype):
+    with pytest.raises(ShapeError, match="needs a floating dtype"):
+        communication.all_reduce_sum(comm, torch.ones(3, dtype=dtype))
+
+
+def test_gather_adjoint_adds_in_rank_order(comm):
+    """The parts 1e8, 1, ..., -1e8 of float32 add up to 0 in rank order, and to something else in another."""
+    counts = [1] * comm.size
+    gather = RowGather(comm, counts, [0] * comm.size, counts)
+    last = comm.size - 1
+    mine = torch.full((comm.size, 1), {0: 1e8, last: -1e8}.get(comm.rank, 1.0))
+    total = gather.finish_adjoint(gather.start_adjoint(mine), torch.zeros(1, 1))
+    expected = torch.zeros(1, 1)
+    for rank in range(comm.size):
+        expected += {0: 1e8, last: -1e8}.get(rank, 1.0)
+    assert_all_close(comm, [(total, expected)], 0.0)
+
+
+def test_exchange_of_too_many_rows_is_refused_before_counts_wrap(comm, monkeypatch):
+    monkeypatch.setattr(buffers, "MAX_COUNT", 4)
+    counts, starts = [2] * comm.size, [0] * comm.size
+    with pytest.raises(ShapeError, match=f"at most 4 rows, got 5 to send, {2 * comm.size} to receive"):
+        buffers.start_alltoallv(comm, torch.zeros(5, 3), counts, starts, counts)
+
+
 def test_transposed_buffers_are_refused_before_mpi_sees_them(comm):
     counts, starts = [1] * comm.size, [0] * comm.size
     with pytest.raises(ShapeError, match="contiguous"):
@@ -113,9 +139,17 @@ def test_transport_that_only_one_rank_is_told_is_an_error_on_all_ranks(comm):
         decide_transport(comm, "magic" if comm.rank == 1 else "staged")
 
 
+def test_transport_decision_is_told_once_on_rank_0(comm, caplog):
+    with caplog.at_level("INFO", logger="longnet_hpc"):
+        decide_transport(comm, "staged")
+    assert [record.getMessage() for record in caplog.records] == ["device memory travels staged: forced"][comm.rank :]
+
+
 def test_tensor_that_requires_grad_is_sent_detached(comm):
     x = torch.full((2, 2), float(comm.rank), requires_grad=True)
-    received = buffers.start_alltoallv(comm, x, [2] * comm.size, [0] * comm.size, [2] * comm.size).finish()
+    pending = buffers.start_alltoallv(comm, x, [2] * comm.size, [0] * comm.size, [2] * comm.size)
+    assert not pending._sendbuf.requires_grad
+    received = pending.finish()
     assert received[:, 0].tolist() == [float(rank) for rank in range(comm.size) for _ in range(2)]
 
 
@@ -141,7 +175,11 @@ def test_groups_are_created_in_rounds_and_freed(comm):
     for pair in pairs:
         if comm.rank in pair:
             assert groups[pair].allgather(comm.rank) == list(pair)
-    mine = list(groups._mine.values())
-    groups.free()
-    assert mine
+    whole = groups[tuple(range(comm.size))]
+    mine = [made for made in groups._mine.values() if made is not whole]
+    groups.keep_only([tuple(range(comm.size))])
+    assert mine or comm.size == 2
     assert all(not made for made in mine)  # a freed communicator is COMM_NULL
+    assert whole.allgather(comm.rank) == list(range(comm.size))
+    groups.free()
+    assert not whole

@@ -51,16 +51,20 @@ def test_pattern_of_the_paper_at_32768_tokens_gives_the_same_loss_and_gradients(
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda model, x, y: x.fill_(99), "token 99 is outside the vocabulary of 17"),
-        (lambda model, x, y: y.fill_(-1), "target -1 is outside the vocabulary of 17"),
+        (lambda model, x, y: micro_model(kv_heads=1), "disagrees with rank 0: model"),
+        (lambda model, x, y: (model, x.fill_(99))[0], "token 99 is outside the vocabulary of 17"),
+        (lambda model, x, y: (model, y.fill_(-1))[0], "target -1 is outside the vocabulary of 17"),
         (lambda model, x, y: model.eval(), "training False is not True"),
-        (lambda model, x, y: model.norm.requires_grad_(False), "parameters that need a gradient 41 is not 43"),
+        (
+            lambda model, x, y: (model, model.norm.requires_grad_(False))[0],
+            "parameters that need a gradient 41 is not 43",
+        ),
     ],
 )
 def test_fault_on_one_rank_is_an_error_on_all_ranks(comm, spoil, words):
     model, x, y = micro_model(), tokens(8), tokens(8, seed=1)
     plan = SequencePlan.build(model.config.pattern, 8, comm=comm)
     if comm.rank == 1:
-        spoil(model, x, y)
+        model = spoil(model, x, y)
     with pytest.raises(ShapeError, match=words):
         model.loss(x, y, plan)

@@ -9,8 +9,8 @@ import torch
 
 from longnet_hpc.attention.backend import Backend
 from longnet_hpc.attention.sums import GradientSum, SoftmaxSum
-from longnet_hpc.attention.views import batches, grid_view
-from longnet_hpc.grids import Grid
+from longnet_hpc.attention.views import MAX_PIECES, batches, grid_view
+from longnet_hpc.grids import Grid, limited
 
 __all__ = ["Output", "attend", "attend_backward"]
 
@@ -66,7 +66,7 @@ def attend(
     progress : callable
         Called between kernels, so that an exchange in flight moves on.
     """
-    for grid, kv_grid in pairs:
+    for grid, kv_grid in limited(pairs, _most_pieces(q)):
         views = (grid_view(q, grid), grid_view(k, kv_grid), grid_view(v, kv_grid))
         for sequences, (queries, keys, values) in batches(*views):
             out, lse = backend.forward(queries, keys, values, causal=causal, scale=scale)
@@ -91,7 +91,7 @@ def attend_backward(
 ) -> None:
     """Add the gradients of `attend` onto three sums (adjoint; parameters as there, with merged statistics)."""
     lse = output.lse.unsqueeze(-1)
-    for grid, kv_grid in pairs:
+    for grid, kv_grid in limited(pairs, _most_pieces(q)):
         dense = [grid_view(x, grid) for x in (q, output.dout, output.out, lse)]
         for sequences, views in batches(*dense, grid_view(k, kv_grid), grid_view(v, kv_grid)):
             queries, dout, out, its_lse, keys, values = views
@@ -99,3 +99,7 @@ def attend_backward(
             for total, its_grid, part in zip((dq, dk, dv), (grid, kv_grid, kv_grid), parts, strict=True):
                 total.add(sequences, its_grid, part)
         progress()
+
+
+def _most_pieces(q: torch.Tensor) -> int:
+    return max(1, MAX_PIECES // max(1, q.shape[0]))

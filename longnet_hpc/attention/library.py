@@ -16,15 +16,17 @@ __all__ = ["LIBRARY"]
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+_FLASH_SINCE = (8, 0)
+"""Compute capability from which torch's flash attention, which is all that takes half precision here, runs."""
 
 
 def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     if device.type == "cpu":
         return dtype in (torch.float64, torch.float32, *_HALF)
     if device.type == "cuda":
-        return (dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256) or (
-            dtype == torch.float32 and head_dim % 4 == 0
-        )
+        if dtype in _HALF:
+            return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= _FLASH_SINCE
+        return dtype == torch.float32 and head_dim % 4 == 0
     return False
 
 
@@ -36,6 +38,7 @@ def _forward(
     elif q.dtype in _HALF:
         out, lse = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
+        q, k, v = (_short_strides(x) for x in (q, k, v))
         out, lse = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
         lse = lse[..., : q.shape[-2]]  # this kernel pads its rows to a multiple of 32
     return out, lse
@@ -65,6 +68,7 @@ def _backward(
             scale=scale,
         )
     else:
+        dout, q, k, v, out = (_short_strides(x) for x in (dout, q, k, v, out))
         padded = torch.nn.functional.pad(lse.contiguous(), (0, -lse.shape[-1] % 32), value=torch.inf)
         no_seed = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = _aten._scaled_dot_product_efficient_attention_backward(
@@ -72,6 +76,11 @@ def _backward(
         )
     dq, dk, dv = grads[:3]
     return dq, dk, dv
+
+
+def _short_strides(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x``, copied if this kernel's 32-bit strides cannot reach over it."""
+    return x if max(x.stride()) < 2**31 else x.contiguous()
 
 
 LIBRARY = Backend("library", _supports, _forward, _backward)

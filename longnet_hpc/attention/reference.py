@@ -1,4 +1,4 @@
-"""Plain attention in matrix products: any device, dtype and head_dim, float64 included. Blocks of rows bound memory."""
+"""Plain attention in matrix products: any device, dtype and head_dim, float64 included. Blocks bound memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from longnet_hpc.attention.backend import Backend
 __all__ = ["REFERENCE"]
 
 BLOCK_ROWS = 512
-"""Query rows whose scores exist at once."""
+"""Query rows of one piece whose scores exist at once."""
+BLOCK_SCORES = 1 << 24
+"""Scores that exist at once, if those of one piece are not more."""
 
 
 def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -18,6 +20,11 @@ def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _pieces(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Return how many pieces (dim 0) are computed at once."""
+    return max(1, BLOCK_SCORES // max(1, q.shape[1] * min(BLOCK_ROWS, q.shape[2]) * k.shape[2]))
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, start: int, *, causal: bool, scale: float) -> torch.Tensor:
@@ -33,6 +40,10 @@ def _scores(q: torch.Tensor, k: torch.Tensor, start: int, *, causal: bool, scale
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.shape[0] > (pieces := _pieces(q, k)):
+        parts = zip(*(x.split(pieces) for x in (q, k, v)), strict=True)
+        results = [_forward(*part, causal=causal, scale=scale) for part in parts]
+        return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results])
     wide_k, wide_v = _wide(k), _wide(v)
     outs, lses = [], []
     for start in range(0, q.shape[-2], BLOCK_ROWS):
@@ -54,6 +65,11 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if q.shape[0] > (pieces := _pieces(q, k)):
+        parts = zip(*(x.split(pieces) for x in (dout, q, k, v, out, lse)), strict=True)
+        grads = zip(*(_backward(*part, causal=causal, scale=scale) for part in parts), strict=True)
+        dq, dk, dv = (torch.cat(grad) for grad in grads)
+        return dq, dk, dv
     wide_k, wide_v = _wide(k), _wide(v)
     dk, dv = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
     dqs = []

@@ -8,7 +8,10 @@ import torch
 
 from longnet_hpc.grids import Grid
 
-__all__ = ["batches", "grid_view"]
+__all__ = ["MAX_PIECES", "batches", "grid_view"]
+
+MAX_PIECES = 65535
+"""Most pieces of all sequences together in one kernel call: CUDA's limit for all but the first dim of a launch."""
 
 
 def grid_view(x: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -24,6 +27,8 @@ def grid_view(x: torch.Tensor, grid: Grid) -> torch.Tensor:
 def batches(*views: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
     """Yield grids as ``(batch * count, heads, rows, width)``: all sequences at once where strides allow, else each.
 
+    Never more than `MAX_PIECES` of them, if the grids have few enough pieces for that.
+
     Parameters
     ----------
     *views : torch.Tensor
@@ -36,7 +41,9 @@ def batches(*views: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, .
     """
     batch, count = views[0].shape[:2]
     if count == 1:
-        yield slice(0, batch), tuple(view.squeeze(1) for view in views)
+        for first in range(0, batch, MAX_PIECES):
+            sequences = slice(first, min(batch, first + MAX_PIECES))
+            yield sequences, tuple(view[sequences].squeeze(1) for view in views)
     elif batch == 1 or all(view.stride(0) == count * view.stride(1) for view in views):
         yield slice(0, batch), tuple(view.flatten(0, 1) for view in views)
     else:

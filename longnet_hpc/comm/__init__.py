@@ -10,6 +10,7 @@ from longnet_hpc.comm.agreement import (
     allgather_objects,
     barrier,
     broadcast_object,
+    node_rank_and_size,
     rank_and_size,
 )
 from longnet_hpc.comm.collectives import RowGather, all_reduce_sum
@@ -26,5 +27,6 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "groups_of",
+    "node_rank_and_size",
     "rank_and_size",
 ]

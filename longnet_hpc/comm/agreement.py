@@ -11,7 +11,16 @@ from longnet_hpc.errors import LongNetError, ShapeError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["agree", "agree_on", "agreed", "allgather_objects", "barrier", "broadcast_object", "rank_and_size"]
+__all__ = [
+    "agree",
+    "agree_on",
+    "agreed",
+    "allgather_objects",
+    "barrier",
+    "broadcast_object",
+    "node_rank_and_size",
+    "rank_and_size",
+]
 
 T = TypeVar("T")
 
@@ -19,6 +28,18 @@ T = TypeVar("T")
 def rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
     """Return this process's rank and the number of ranks; ``(0, 1)`` without a communicator."""
     return (0, 1) if comm is None else (comm.rank, comm.size)
+
+
+def node_rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
+    """Return this process's rank among those on its node, and their number. Collective."""
+    if comm is None:
+        return 0, 1
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    place = node.rank, node.size
+    node.Free()
+    return place
 
 
 def barrier(comm: MPI.Comm | None) -> None:
@@ -52,17 +73,10 @@ def agree(comm: MPI.Comm | None, error: BaseException | None) -> None:
     BaseException
         The error of the lowest rank that passed one, on every rank. Collective.
     """
-    rank, size = rank_and_size(comm)
-    if comm is not None:
-        flags: list[bool] = comm.allgather(error is not None)
-        first = flags.index(True) if True in flags else size
-        if first < size:
-            error = comm.bcast(error if rank == first else None, root=first)
-    if error is not None:
-        raise error
+    agree_on(comm, {}, None, error)
 
 
-def agree_on(comm: MPI.Comm | None, facts: Mapping[str, object], own: T, error: LongNetError | None = None) -> list[T]:
+def agree_on(comm: MPI.Comm | None, facts: Mapping[str, object], own: T, error: BaseException | None = None) -> list[T]:
     """Make sure that no rank has failed and that all hold the same facts; return what each adds of its own.
 
     Parameters
@@ -73,7 +87,7 @@ def agree_on(comm: MPI.Comm | None, facts: Mapping[str, object], own: T, error: 
         Values that must be equal on all ranks, by the name that an error gives them.
     own : object
         A value of this rank's.
-    error : LongNetError, optional
+    error : BaseException, optional
         What went wrong on this rank, if anything did; its facts then do not count.
 
     Returns
@@ -83,15 +97,17 @@ def agree_on(comm: MPI.Comm | None, facts: Mapping[str, object], own: T, error: 
 
     Raises
     ------
-    LongNetError
+    BaseException
         The error of the lowest rank that passed one, on every rank.
     ShapeError
         If a fact differs: the rank, the fact, and both values, on every rank.
     """
     answers = allgather_objects(comm, (error, dict(facts), own))
-    for other_error, _, _ in answers:
-        if other_error is not None:
-            raise other_error
+    failed = next((other for other, answer in enumerate(answers) if answer[0] is not None), None)
+    if failed is not None:
+        failure = error if failed == rank_and_size(comm)[0] else answers[failed][0]
+        assert failure is not None
+        raise failure  # this rank's own, where it is that: a pickled copy has lost its traceback
     expected = answers[0][1]
     for other, (_, theirs, _) in enumerate(answers):
         for name, value in theirs.items():

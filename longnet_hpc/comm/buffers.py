@@ -46,7 +46,8 @@ class Pending:
     seconds_tested : float
         Seconds that `test` spent in MPI, driving the exchange between kernels.
     seconds_waited : float
-        Seconds that `finish` found nothing better to do than wait.
+        Seconds that `finish` found nothing better to do than wait. On a GPU it may have been computing meanwhile, since
+        the host runs ahead of it.
     """
 
     _in_flight: ClassVar[set[Pending]] = set()
@@ -109,7 +110,7 @@ def start_alltoallv(
     Raises
     ------
     ShapeError
-        If the tensor is not two-dimensional and contiguous.
+        If the tensor is not two-dimensional and contiguous, or has more rows than `MAX_COUNT`.
 
     Notes
     -----
@@ -121,7 +122,8 @@ def start_alltoallv(
     if send.dim() != 2 or not send.is_contiguous():
         raise ShapeError(f"an exchange needs contiguous (rows, width), got {tuple(send.shape)} strides {send.stride()}")
     total = sum(recv_counts)
-    assert max(total, send.shape[0]) <= MAX_COUNT, "callers send rows of a whole token, or buckets: never that many"
+    if max(total, send.shape[0]) > MAX_COUNT:
+        raise ShapeError(f"an exchange takes at most {MAX_COUNT} rows, got {send.shape[0]} to send, {total} to receive")
     device = send.device
     staged = device.type == "cuda" and device_transport() is Transport.STAGED
     recv = torch.empty(

@@ -14,6 +14,7 @@ import torch
 
 from longnet_hpc.comm.agreement import rank_and_size
 from longnet_hpc.comm.buffers import Pending, start_alltoallv
+from longnet_hpc.errors import ShapeError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -80,7 +81,14 @@ def all_reduce_sum(comm: MPI.Comm | None, tensor: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         A new tensor of the same shape and dtype; half precision is summed in float32 and rounded once. The same bits on
         all ranks and in every run. Collective.
+
+    Raises
+    ------
+    ShapeError
+        If the dtype is not floating.
     """
+    if not tensor.dtype.is_floating_point:
+        raise ShapeError(f"a sum over ranks needs a floating dtype, got {tensor.dtype}")
     size = rank_and_size(comm)[1]
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
     if comm is None or size == 1:

@@ -25,11 +25,14 @@ class Groups:
     Attributes
     ----------
     plans : dict
-        What callers keep for as long as the communicator lives.
+        What callers keep for as long as the communicator lives, by key.
+    retired : list
+        What callers keep no longer but may still be in use.
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.plans: dict[Any, Any] = {}
+        self.retired: list[Any] = []
         self._comm = comm
         self._known: set[tuple[int, ...]] = set()
         self._mine: dict[tuple[int, ...], MPI.Comm] = {}
@@ -47,16 +50,22 @@ class Groups:
                 self._mine[members[own[0]]] = made
         self._known.update(missing)
 
+    def keep_only(self, groups: Iterable[tuple[int, ...]]) -> None:
+        """Free all other communicators. Collective; ``groups`` must be the same on all ranks."""
+        unwanted = self._known.difference(groups)
+        for group in sorted(unwanted & self._mine.keys()):
+            self._mine.pop(group).Free()
+        self._known -= unwanted
+
     def __getitem__(self, ranks: tuple[int, ...]) -> MPI.Comm:
         """Return the communicator of a group that this rank is in."""
         return self._mine[ranks]
 
     def free(self) -> None:
-        """Free every communicator. Collective over each group; harmless when called twice."""
-        while self._mine:
-            self._mine.popitem()[1].Free()
-        self._known.clear()
+        """Free every communicator. Collective; harmless when called twice."""
         self.plans.clear()
+        self.retired.clear()
+        self.keep_only(())
 
 
 def groups_of(comm: MPI.Comm) -> Groups:

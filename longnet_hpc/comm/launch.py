@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longnet_hpc.comm.agreement import agree_on
+from longnet_hpc.comm.agreement import agree_on, node_rank_and_size
 from longnet_hpc.comm.transport import Transport, decide_transport
 from longnet_hpc.errors import LaunchError
 from longnet_hpc.launcher import launcher_environment
@@ -70,7 +70,7 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
     """
     launcher, _, expected = launcher_environment()
     comm: MPI.Comm | None = None
-    node_rank, node_size, library = 0, 1, "none"
+    library = "none"
     if expected > 1:
         from mpi4py import MPI
 
@@ -83,9 +83,7 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
                 "so they do not fit together: use the mpirun beside this Python, or "
                 "srun --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI"
             )
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        node_rank, node_size = node.rank, node.size
-        node.Free()
+    node_rank, node_size = node_rank_and_size(comm)
     error, bound = None, torch.device("cpu")
     try:
         bound = _bind(device, node_rank)

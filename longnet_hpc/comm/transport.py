@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING
 
-from longnet_hpc.comm.agreement import agree_on, allgather_objects
+from longnet_hpc.comm.agreement import agree_on, allgather_objects, node_rank_and_size
 from longnet_hpc.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def decide_transport(comm: MPI.Comm | None, forced: str = "auto") -> Transport:
     agree_on(comm, {"transport": choice}, None, error)
     if choice == "auto":
         # One child a node: each starts a CUDA context, which several at once would only slow down.
-        first_on_node = comm is None or _node_rank(comm) == 0
+        first_on_node = node_rank_and_size(comm)[0] == 0
         answers = allgather_objects(comm, device_pointers_work() if first_on_node else (True, ""))
         refusals = [reason for works, reason in answers if not works]
         _decided = Transport.STAGED if refusals else Transport.DIRECT
@@ -156,12 +156,3 @@ def device_pointers_work(seconds: float = 120.0) -> tuple[bool, str]:
     if code < 0:
         return False, f"a trial exchange of device memory died of signal {-code}"
     return False, f"a trial exchange of device memory failed: {lines[-1]}"
-
-
-def _node_rank(comm: MPI.Comm) -> int:
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    rank: int = node.rank
-    node.Free()
-    return rank
