@@ -62,6 +62,50 @@ def test_glob_gives_files_at_any_depth(tmp_path):
     assert [unit.path for unit in find_units([f"{tmp_path}/[a].py"])] == [f"{tmp_path}/[a].py"]
 
 
+def write_empty(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def names_of(root, source):
+    return [str(Path(unit.path).relative_to(root)) for unit in find_units([source])]
+
+
+def test_hidden_files_are_taken_only_when_named(tmp_path):
+    write_empty(tmp_path, ".git/config", ".env", "a", "b/.c", "b/.d/e", "b/f.g")
+    assert names_of(tmp_path, tmp_path) == ["a", "b/f.g"]
+    assert names_of(tmp_path, tmp_path / ".git") == [".git/config"]
+    assert names_of(tmp_path, tmp_path / ".env") == [".env"]
+    assert names_of(tmp_path, f"{tmp_path}/.e*") == [".env"]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.zst", "a.7z", "A.RAR"])
+def test_unsupported_compression_is_refused_when_named(tmp_path, name):
+    write_empty(tmp_path, name)
+    suffix = Path(name).suffix
+    for source in (tmp_path / name, f"{tmp_path}/*"):
+        with pytest.raises(CorpusError) as caught:
+            find_units([source])
+        message = f"{tmp_path / name}: {suffix} is not supported; unpack it, or use .gz, .xz, .bz2 or .tar"
+        assert str(caught.value) == message
+
+
+def test_unsupported_compression_in_a_folder_is_left_out_with_one_warning(tmp_path):
+    write_empty(tmp_path, "a.txt", "b.zip", "c.zipped", "d/e.tar.zst", "d/f.7Z", "d/g.gz")
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        assert names_of(tmp_path, tmp_path) == ["a.txt", "c.zipped", "d/g.gz"]
+    messages = [str(warning.message) for warning in caught]
+    assert messages == [f"{tmp_path}: skipped 3 of 6 files, as .zip, .zst, .7z, .rar are not supported"]
+
+
+def test_binary_file_in_a_folder_is_taken(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_bytes(b"\0\xff" * 100)
+    path = prepare([tmp_path / "folder"], tmp_path / "corpus.h5")
+    assert read_back(path) == [(str(tmp_path / "folder" / "a"), b"\0\xff" * 100)]
+
+
 def test_standard_input_is_a_document(tmp_path, monkeypatch):
     content = random_bytes(3 * BLOCK_BYTES // 2, 1)
     (tmp_path / "a").write_bytes(b"before")

@@ -11,6 +11,7 @@ import os
 import sys
 import sysconfig
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _DECOMPRESSORS: dict[str, Callable[[io.BufferedReader], io.BufferedIOBase]] = {
     ".bz2": bz2.open,
     ".tbz2": bz2.open,
 }
+_UNSUPPORTED = (".zip", ".zst", ".7z", ".rar")
 _ARCHIVES = (".tar", ".tgz", ".txz", ".tbz2")
 _ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError)
 _TAR_BUFFER_BYTES = 1 << 16  # tarfile copies what is left of its buffer at every read, so not a whole block
@@ -97,6 +99,10 @@ def find_units(sources: Iterable[str | os.PathLike[str]]) -> list[Unit]:
         folder, which means all files below it sorted by path, symbolic links to folders not followed; a glob, which
         means the files it matches, sorted, ``**`` for any depth; or ``-`` for standard input.
 
+        Within a folder, files and folders whose names begin with a dot are left out, and so are, with one warning,
+        .zip, .zst, .7z and .rar, which cannot be read. A file is not judged by its content: binary files in a folder
+        are taken too, as bytes are; choose text among them with a glob, for example ``folder/**/*.txt``.
+
     Returns
     -------
     list of Unit
@@ -105,7 +111,8 @@ def find_units(sources: Iterable[str | os.PathLike[str]]) -> list[Unit]:
     Raises
     ------
     CorpusError
-        If there is no source, or one does not exist, cannot be listed, has no files, or is a second standard input.
+        If there is no source, or one does not exist, cannot be listed, has no files, or is a second standard input;
+        if a .zip, .zst, .7z or .rar is named, or matched by a glob.
     """
     names = [os.fspath(source) for source in sources]
     if not names:
@@ -130,7 +137,7 @@ def _units_of(source: str) -> Iterator[Unit]:
     with corpus_errors(f"cannot read source {source}"):
         path = Path(source)
         if path.is_dir():
-            paths = _files_below(path)
+            paths = _supported(source, _files_below(path))
         elif path.exists():
             paths = [path]
         elif glob.has_magic(source):
@@ -141,20 +148,38 @@ def _units_of(source: str) -> Iterator[Unit]:
         if not paths:
             raise CorpusError(f"source {source} has no files; needs at least 1")
         for path in paths:
+            if _is_unsupported(path):
+                raise CorpusError(f"{path}: {path.suffix} is not supported; unpack it, or use .gz, .xz, .bz2 or .tar")
             yield Unit(str(path), path.stat().st_size)
 
 
 def _files_below(folder: Path, but: Set[str] = frozenset()) -> list[Path]:
-    """List the files below a folder, but not those in folders of certain names."""
+    """List the files below a folder, but not the hidden ones and those in folders of certain names."""
 
     def fail(error: OSError) -> None:
         raise error
 
     found: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if name not in but]
-        found += [path for name in names if (path := Path(parent, name)).is_file()]
+        folders[:] = [name for name in folders if name not in but and not name.startswith(".")]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.is_file()]
     return _sorted(found)
+
+
+def _supported(folder: str, paths: list[Path]) -> list[Path]:
+    """Leave out, with one warning, files in formats that cannot be read: their bytes are noise."""
+    skipped = [path for path in paths if _is_unsupported(path)]
+    if skipped:
+        formats = ", ".join(_UNSUPPORTED)
+        warnings.warn(
+            f"{folder}: skipped {len(skipped)} of {len(paths)} files, as {formats} are not supported", stacklevel=2
+        )
+    return [path for path in paths if not _is_unsupported(path)]
+
+
+def _is_unsupported(path: Path) -> bool:
+    return path.suffix.lower() in _UNSUPPORTED
 
 
 def _sorted(paths: Iterable[Path]) -> list[Path]:
