@@ -1,5 +1,6 @@
 import itertools
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -222,6 +223,23 @@ def test_permutation_is_uniform():
         expected = epochs / len(cells)
         chi_squared = ((cells - expected) ** 2 / expected).sum()
         assert chi_squared < 80  # 36 degrees of freedom: exceeded by chance once in 30,000
+
+
+def test_reader_is_not_many_times_slower_than_it_was(tmp_path):
+    """One core delivers more than 1 GB/s of verified tensors; a fifth of that, at best, is no slow day but a defect."""
+    size, tries = 1 << 25, []
+    (tmp_path / "text").write_bytes(bytes(size))
+    path = prepare([tmp_path / "text"], tmp_path / "corpus.h5")
+    for _ in range(5):
+        with (
+            Corpus(path) as corpus,
+            open_reader(corpus, seq_len=1 << 16, batch_size=8, slice_of=range(1 << 16)) as reader,
+        ):
+            begin = time.perf_counter()
+            for _ in range(reader.batches_per_epoch):
+                next(reader)
+            tries.append(reader.batches_per_epoch * 8 * (1 << 16) / (time.perf_counter() - begin))
+    assert max(tries) > 200e6
 
 
 @pytest.mark.parametrize(("stored", "computed"), [("<u1", torch.uint8), ("<u2", torch.int32), ("<u4", torch.int64)])
