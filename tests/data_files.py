@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 
-from longnet_hpc.data import prepare
+from longnet_hpc.data import Corpus, prepare
 
 
 def random_bytes(size, seed):
@@ -112,3 +112,17 @@ def prepare_on_threads(size, sources, path, **options):
         if isinstance(result, Exception):
             raise result
     return path
+
+
+def prepare_sharded(root, content, chunk_tokens):
+    """Write a corpus in shards of 1000, 0 and the other tokens: four ranks, of which one has nothing to write."""
+    sources = [root / name for name in "abc"]
+    for source, part in zip(sources, (content[:1000], b"", content[1000:]), strict=True):
+        source.write_bytes(part)
+    return prepare_on_threads(4, sources, root / "sharded" / "corpus.h5", chunk_tokens=chunk_tokens)
+
+
+def read_all(path):
+    """Return all tokens of a corpus of bytes."""
+    with Corpus(path) as corpus:
+        return corpus.read(0, corpus.num_tokens).tobytes()
