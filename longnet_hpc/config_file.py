@@ -101,9 +101,9 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
         if value in arguments:
             return value
         raise ConfigError(f"config key {key} must be one of {', '.join(map(str, arguments))}, got {value!r}")
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments)):
         return tuple(_checked(item, arguments[0], key) for item in value)
-    if kind is Path and isinstance(value, str):
+    if kind is Path and isinstance(value, str) and "\0" not in value:
         return Path(value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
@@ -114,7 +114,9 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
 
 def _name_of(kind: Any) -> str:
     if get_origin(kind) is tuple:
-        return f"a list, each {_name_of(get_args(kind)[0])}"
+        first, *others = get_args(kind)
+        length = "" if Ellipsis in others else f" of {1 + len(others)}"
+        return f"a list{length}, each {_name_of(first)}"
     names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", Path: "a path"}
     return names.get(kind, "a table")
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from launching import environment
+from launching import environment, run_python
 
+from longnet_hpc import __version__
 from longnet_hpc.command_line import parse
 from longnet_hpc.config import (
+    OPTIMIZERS,
     PRESETS,
     EvalConfig,
     LongNetConfig,
@@ -56,6 +58,10 @@ def test_preset_takes_changes_and_knows_its_names():
         ({"kv_heads": 5}, "kv_heads must divide heads, got 5"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"dropout": 1.0}, r"below 1, got 1\.0"),
+        ({"dropout": float("nan")}, "below 1, got nan"),
+        ({"rotary_base": 1.0}, r"rotary_base must be above 1 and finite, got 1\.0"),
+        ({"rotary_base": float("inf")}, "rotary_base must be above 1 and finite, got inf"),
+        ({"rotary_base": float("nan")}, "rotary_base must be above 1 and finite, got nan"),
         ({"segment_lengths": (0, 1, 2)}, "at least 1, got 0"),
         ({"dilation_rates": (1, 0, 2)}, "at least 1, got 0"),
         ({"dilation_rates": (1, 2)}, "pair up, got 3 and 2"),
@@ -76,7 +82,14 @@ def test_model_that_cannot_be_is_refused(changes, message):
         (TrainConfig, {"stop_at": 0}),
         (OptimizerConfig, {"learning_rate": 0.0}),
         (OptimizerConfig, {"learning_rate": float("nan")}),
+        (OptimizerConfig, {"learning_rate": float("inf")}),
         (OptimizerConfig, {"clip_norm": -1.0}),
+        (OptimizerConfig, {"clip_norm": float("inf")}),
+        (OptimizerConfig, {"weight_decay": -0.1}),
+        (OptimizerConfig, {"weight_decay": float("inf")}),
+        (OptimizerConfig, {"weight_decay": float("nan")}),
+        (OptimizerConfig, {"beta1": float("nan")}),
+        (OptimizerConfig, {"final_learning_rate": float("nan")}),
         (OptimizerConfig, {"beta2": 1.0}),
         (OptimizerConfig, {"final_learning_rate": 2.0}),
         (EvalConfig, {"batch_size": 0}),
@@ -132,6 +145,10 @@ def test_optional_fields_default_to_none_because_toml_has_no_word_for_it():
         ("steps = true", "config key steps must be an integer, got True"),
         ("shuffle = 1", "config key shuffle must be true or false, got 1"),
         ("corpus = 3", "config key corpus must be a path, got 3"),
+        ('corpus = "a\\u0000b"', "config key corpus must be a path, got 'a\\x00b'"),
+        ("preset = ['tiny']", "config key preset must be one of tiny, 125m, 350m, 760m, 2.7b, got ['tiny']"),
+        ("preset = 'huge'", "config key preset must be one of tiny, 125m, 350m, 760m, 2.7b, got 'huge'"),
+        ("geometric = [16]", "config key geometric must be a list of 2, each an integer, got [16]"),
         ("model = 3", "config key model must be a table, got 3"),
         ("device = 'tpu'", "config key device must be one of auto, cpu, cuda, got 'tpu'"),
         ("[optimizer]\nbeta1 = nan", "config key optimizer.beta1 must be a finite number, got nan"),
@@ -164,6 +181,33 @@ def test_preset_file_and_command_line_override_each_other_in_this_order(tmp_path
     assert config.seq_len == 99
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_larger_presets_take_smaller_steps_unless_told_otherwise(tmp_path, name):
+    rates = {"tiny": 3e-3, "125m": 6e-4, "350m": 3e-4, "760m": 2.5e-4, "2.7b": 1.6e-4}
+    _, config = parsed("--preset", name)
+    assert config.optimizer == OPTIMIZERS[name]
+    assert config.optimizer.learning_rate == rates[name]
+    assert config.optimizer.warmup_steps == (10 if name == "tiny" else 750)
+    file = config_file(tmp_path, f"preset = '{name}'\n[optimizer]\nwarmup_steps = 5")
+    _, config = parsed("--config", file)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (rates[name], 5)
+    _, config = parsed("--config", file, "--optimizer.learning-rate", "0.5")
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_steps) == (0.5, 5)
+
+
+def test_geometric_pattern_reaches_the_sequence_wherever_its_length_is_set(tmp_path):
+    _, config = parsed("--geometric", "1024", "4", "--seq-len", "100000")
+    assert config.model.segment_lengths == (1024, 4096, 16384, 65536, 262144)
+    assert config.model.dilation_rates == (1, 4, 16, 64, 256)
+    write_toml(tmp_path / "c.toml", config, "saved")
+    saved = read_toml(tmp_path / "c.toml")
+    assert saved["model"]["segment_lengths"] == [1024, 4096, 16384, 65536, 262144]
+    _, again = parsed("--config", str(tmp_path / "c.toml"), "--seq-len", "4097")
+    assert again.model.segment_lengths == (1024, 4096, 16384)
+    with pytest.raises(ConfigError, match="at least 2|ratio >= 2"):
+        parsed("--geometric", "1024", "1")
+
+
 def test_saved_config_can_be_passed_back(tmp_path):
     _, config = parsed("--preset", "760m", "--model.dropout", "0.1", "--optimizer.learning-rate", "1e-4")
     write_toml(tmp_path / "c.toml", config, "saved")
@@ -182,9 +226,10 @@ def test_words_choose_the_command():
     ("words", "message"),
     [
         (("trian",), "command 'trian' does not exist"),
+        (("train", "trian"), "train takes options only, got 'trian'"),
         (("train", "--stepz", "3"), "--stepz"),
         (("train", "--steps", "x"), "--steps"),
-        (("train", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("--geometric", "1024"), "geometric"),
         (("train", "--preset", "huge"), "huge"),
         (("--model.heads", "3"), "heads must divide embed_dim, got 3"),
         (("--model.segment-lengths", "8", "--model.dilation-rates", "1", "2"), "pair up, got 1 and 2"),
@@ -198,6 +243,40 @@ def test_words_that_are_wrong_are_refused_in_one_line(words, message):
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not set("│╭╯─") & set(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "--steps", "0"), "steps must be at least 1, got 0"),
+        (("prepare", "--chunk-tokens", "0"), "chunk_tokens must be at least 1, got 0"),
+        (("eval", "--batch-size", "0"), "batch_size must be at least 1, got 0"),
+        (("--optimizer.weight-decay", "inf"), "optimizer: weight_decay must be at least 0 and finite, got inf"),
+    ],
+)
+def test_refusal_names_the_option_and_no_class(words, message):
+    with pytest.raises(ConfigError) as caught:
+        parsed(*words)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("train", "r1"), "; did you mean --resume r1?"),
+        (("eval", "r1"), "; did you mean --checkpoint r1?"),
+        (("r1",), "; did you mean train --resume r1 or eval --checkpoint r1?"),
+    ],
+)
+def test_folder_given_as_a_word_is_told_its_option(tmp_path, monkeypatch, words, hint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        parsed(*words)
+    assert "did you mean" not in str(caught.value)
+    (tmp_path / "r1").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        parsed(*words)
+    assert str(caught.value).endswith(hint)
 
 
 def test_refusal_on_a_terminal_has_no_colours(monkeypatch):
@@ -232,6 +311,26 @@ def test_help_explains_every_field(command, capsys):
         assert name.replace("_", "-") in shown.replace("SOURCES", "sources"), name
 
 
+@pytest.mark.parametrize("help_first", [True, False])
+def test_help_shows_the_defaults_of_the_preset(capsys, help_first):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help", "--preset", "125m"] if help_first else ["train", "--preset", "125m", "-h"], console=True)
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "default: 768" in shown
+    assert "default: 0.0006" in shown
+    assert "default: 128)" not in shown
+
+
+def test_version_is_told_by_every_way_in(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--version"], console=True)
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"longnet_hpc {__version__}\n"
+    done = run_python("-m", "longnet_hpc", "--version")
+    assert (done.returncode, done.stdout) == (0, f"longnet_hpc {__version__}\n")
+
+
 def test_help_needs_neither_torch_nor_mpi_and_is_quick():
     code = (
         "import sys, longnet_hpc.run\n"
@@ -248,4 +347,4 @@ def test_help_needs_neither_torch_nor_mpi_and_is_quick():
 
 
 def test_presets_fit_their_annotation():
-    assert set(PRESETS) == set(get_args(PresetName))
+    assert set(PRESETS) == set(OPTIMIZERS) == set(get_args(PresetName))
