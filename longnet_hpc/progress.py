@@ -6,14 +6,19 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
 __all__ = ["bytes_bar", "steps_bar"]
 
 
+_SECONDS_ON_A_TERMINAL, _SECONDS_IN_A_FILE = 0.5, 10.0
+"""Least time between two refreshments: where they overwrite each other, and where each may stay as a line of a log."""
+
+
 @contextmanager
-def steps_bar(rank: int, what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+def steps_bar(rank: int, what: str, total: int, done: int = 0, unit: str = "step") -> Iterator[Callable[[str], None]]:
     """Show steps done, time left, and a word about the last step.
 
     Parameters
@@ -24,15 +29,15 @@ def steps_bar(rank: int, what: str, total: int, done: int = 0) -> Iterator[Calla
         Name of the job.
     total, done : int
         Steps in all, and those that were done before.
+    unit : str
+        What one step is called.
 
     Yields
     ------
     callable
         Call it after each step with the word about it.
     """
-    with tqdm(
-        total=total, initial=done, desc=what, unit="step", disable=rank != 0, mininterval=0.5, **_terminal()
-    ) as bar:
+    with tqdm(total=total, initial=done, desc=what, unit=unit, disable=rank != 0, **_terminal()) as bar:
 
         def update(word: str) -> None:
             bar.set_postfix_str(word, refresh=False)
@@ -43,18 +48,31 @@ def steps_bar(rank: int, what: str, total: int, done: int = 0) -> Iterator[Calla
 
 @contextmanager
 def bytes_bar(rank: int, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show bytes done and time left on rank 0; yields what to call with the number of further bytes."""
-    with tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, disable=rank != 0, mininterval=0.5, **_terminal()
-    ) as bar:
+    """Show bytes done and time left on rank 0; yields what to call with the number of further bytes.
 
-        def update(count: int) -> None:
-            bar.update(count)
+    The bar appears with the first bytes, so that none is in the way of a refusal.
+    """
+    bar: Any = None
 
+    def update(count: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=rank != 0, **_terminal())
+        bar.update(count)
+
+    try:
         yield update
-        bar.update(max(0, (total or 0) - bar.n))  # the count of rank 0 was an estimate
+        if bar is not None:
+            bar.update(max(0, (total or 0) - bar.n))  # the count of rank 0 was an estimate
+    finally:
+        if bar is not None:
+            bar.close()
 
 
-def _terminal() -> dict[str, object]:
+def _terminal() -> dict[str, Any]:
     # Under mpirun standard error is a pipe, whose width tqdm cannot ask for.
-    return {"file": sys.stderr, "ncols": min(120, shutil.get_terminal_size((100, 24)).columns)}
+    return {
+        "file": sys.stderr,
+        "ncols": min(120, shutil.get_terminal_size((100, 24)).columns),
+        "mininterval": _SECONDS_ON_A_TERMINAL if sys.stderr.isatty() else _SECONDS_IN_A_FILE,
+    }

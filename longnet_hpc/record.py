@@ -19,12 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longnet_hpc.errors import ConfigError
+from longnet_hpc.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from longnet_hpc.comm.launch import Launch
 
-__all__ = ["SCHEMA_VERSION", "append_record", "check_record", "make_record", "read_records", "where"]
+__all__ = ["SCHEMA_VERSION", "append_record", "check_record", "make_record", "read_metrics", "read_records", "where"]
 
 SCHEMA_VERSION = 1
 """Version of the schema, in every record."""
@@ -120,14 +120,44 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     ------
     OSError
         If the file cannot be written.
+    ValueError
+        If a number is not finite, for which JSON has no word; nothing is then written.
     """
+    line = json.dumps(record, allow_nan=False) + "\n"
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+        stream.write(line)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file of one a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Return the step lines of a run up to a step; none if there is no file yet.
+
+    A last line that was cut off, as by a job that was killed while it wrote, is passed over.
+
+    Raises
+    ------
+    CheckpointError
+        If any other line is not that of a step; names the line.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            figures = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(f"{path}: line {number} is not JSON: {error.msg}") from error
+        if not isinstance(figures, dict) or type(figures.get("step")) is not int:
+            raise CheckpointError(f"{path}: line {number} is not the line of a step")
+        metrics.append(figures)
+    return [figures for figures in metrics if figures["step"] <= last_step]
 
 
 def where(launch: Launch | None = None) -> dict[str, Any]:
