@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,56 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longnet_hpc.config import LongNetConfig
-from longnet_hpc.config_file import from_table
+from longnet_hpc.config_file import from_table, to_table
+from longnet_hpc.data import Corpus
 from longnet_hpc.errors import CheckpointError, ConfigError
 from longnet_hpc.files import replace_file
 
-__all__ = ["Checkpoint", "find_checkpoint", "load_checkpoint", "remove_old", "save_checkpoint"]
+__all__ = [
+    "FOLDER",
+    "Checkpoint",
+    "DataOrder",
+    "find_checkpoint",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "remove_old",
+    "save_checkpoint",
+]
 
 FORMAT = "longnet_hpc checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = "checkpoints"
 """Folder of the checkpoints within the folder of a run."""
 
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """What decides which tokens batch number i holds."""
+
+    corpus_tokens: int
+    """Size of the corpus, in tokens."""
+    corpus_hash: str
+    """XXH3-64 of the checksums of its chunks; the same text in other chunks counts as another corpus."""
+    seq_len: int
+    """Length of a sequence, in tokens."""
+    batch_size: int
+    """Sequences per batch."""
+    seed: int
+    """Chooses the order of the sequences."""
+    shuffle: bool
+    """Whether that order is random."""
+
+    @classmethod
+    def of(cls, corpus: Corpus, *, seq_len: int, batch_size: int, seed: int, shuffle: bool) -> DataOrder:
+        """Return the order of a corpus read in this way."""
+        checksums = xxhash.xxh3_64_hexdigest(corpus.chunk_checksums.astype("<u8").tobytes())
+        return cls(corpus.num_tokens, checksums, seq_len, batch_size, seed, shuffle)
+
+    def same_corpus(self, other: DataOrder) -> bool:
+        """Return whether both read the same tokens, in whatever order."""
+        return (self.corpus_tokens, self.corpus_hash) == (other.corpus_tokens, other.corpus_hash)
 
 
 @dataclass(frozen=True)
@@ -40,8 +78,8 @@ class Checkpoint:
     """Steps done."""
     batch_index: int
     """Batches that the reader has delivered; where it goes on."""
-    seq_len: int
-    """Length of the sequences it was trained on, in tokens."""
+    order: DataOrder
+    """What it was trained on."""
     model: Mapping[str, Any]
     """Config of the model, as `longnet_hpc.config_file.to_table` gives it."""
     tensors: Mapping[str, torch.Tensor]
@@ -60,6 +98,27 @@ class Checkpoint:
             return from_table(self.model, LongNetConfig(), "model.")
         except ConfigError as error:
             raise CheckpointError(f"checkpoint of step {self.step} has a model that cannot be: {error}") from error
+
+    def check_fits(self, model: LongNetConfig, order: DataOrder) -> None:
+        """Make sure that a training can go on from here as if it had never stopped.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another model, or the batches to come would be others; names the difference.
+        """
+        theirs, ours = to_table(self.model_config), to_table(model)
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise CheckpointError(
+                    f"checkpoint is of another model: its {key} is {theirs.get(key)}, not {ours.get(key)} as configured"
+                )
+        now = asdict(order)
+        for key, value in asdict(self.order).items():
+            if value != now[key]:
+                raise CheckpointError(
+                    f"checkpoint is of a training on other batches: its {key} is {value}, not {now[key]} as configured"
+                )
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -80,7 +139,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
         "batch_index": checkpoint.batch_index,
-        "seq_len": checkpoint.seq_len,
+        "order": asdict(checkpoint.order),
         "model": dict(checkpoint.model),
         "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
@@ -103,12 +162,15 @@ def find_checkpoint(path: Path) -> Path:
     CheckpointError
         If there is none.
     """
-    if path.is_file():
-        return path
-    found = _checkpoints(path)
-    if not found:
+    found = path if path.is_file() else latest_checkpoint(path)
+    if found is None:
         raise CheckpointError(f"{path} is neither a checkpoint nor the folder of a run that has one")
-    return found[-1]
+    return found
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint in the folder of a run, None if it has none."""
+    return max(_checkpoints(folder), key=_step_of, default=None)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -132,19 +194,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for name, tensor in tensors.items():
         if _checksum(tensor) != about["checksums"][name]:
             raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {name} does not fit")
-    return Checkpoint(about["step"], about["batch_index"], about["seq_len"], about["model"], tensors)
+    order = DataOrder(**about["order"])
+    return Checkpoint(about["step"], about["batch_index"], order, about["model"], tensors)
 
 
 def remove_old(folder: Path, keep: int) -> None:
     """Remove all but the latest ``keep`` checkpoints of a run; on one rank only."""
-    for path in _checkpoints(folder)[:-keep]:
+    for path in sorted(_checkpoints(folder), key=_step_of)[:-keep]:
         path.unlink()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, the earliest first."""
-    found = [path for path in (folder / FOLDER).glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+    return [path for path in (folder / FOLDER).glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def _checksum(tensor: torch.Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 from contextlib import AbstractContextManager
 
@@ -11,9 +12,9 @@ from longnet_hpc.attention import choose_backend
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import ComputeConfig, LongNetConfig
 from longnet_hpc.errors import CorpusError
-from longnet_hpc.parallel import SequencePlan
 from longnet_hpc.partition import Partition
 from longnet_hpc.positions import POSITIONS
+from longnet_hpc.sequence_plan import SequencePlan
 
 __all__ = ["Compute"]
 
@@ -64,12 +65,23 @@ class Compute:
         # No positions at all: only the length of the sequence is judged.
         POSITIONS[model.positions](0, 0, seq_len, model.head_dim, model.rotary_base, self.dtype, self.device)
 
-    def check_vocabulary(self, corpus_vocab_size: int) -> None:
-        """Raise CorpusError if a corpus may have tokens that the model does not know."""
+    def check_vocabulary(self, corpus_vocab_size: int, remedy: str = "") -> None:
+        """Raise CorpusError, ending with a remedy, if a corpus may have tokens that the model does not know."""
         if corpus_vocab_size > self._model.vocab_size:
             raise CorpusError(
                 f"corpus has {corpus_vocab_size} token values, outside the vocabulary of the model "
-                f"(vocab_size {self._model.vocab_size})"
+                f"(vocab_size {self._model.vocab_size}){remedy}"
+            )
+
+    def warn_of_reach(self) -> None:
+        """Say on rank 0 if the pattern is too short for any token to see the whole sequence before it."""
+        seq_len, reach = self.partition.bounds[-1], max(self._model.segment_lengths)
+        if self._launch.rank == 0 and seq_len > reach:
+            logging.getLogger("longnet_hpc").warning(
+                "warning: sequences of %s tokens are longer than the longest attention segment of the model, %s: "
+                "nothing is seen from further away",
+                f"{seq_len:,}",
+                f"{reach:,}",
             )
 
     def plan(self) -> SequencePlan:

@@ -16,7 +16,7 @@ from longnet_hpc.data.sources import STANDARD_INPUT, find_units
 from longnet_hpc.progress import bytes_bar
 from longnet_hpc.record import append_record, make_record, where
 
-__all__ = ["embedded_corpus", "prepare_corpus"]
+__all__ = ["embedded_corpus", "embedded_path", "prepare_corpus"]
 
 _HELD_OUT = 20
 """One file in so many of the standard library is left out of the training."""
@@ -64,12 +64,17 @@ def embedded_corpus(launch: Launch, part: str, folder: Path) -> Path:
     folder : Path
         Where the corpus files are.
     """
-    path = folder / f"python-{sys.version_info.major}.{sys.version_info.minor}-{part}.h5"
+    path = embedded_path(part, folder)
     if broadcast_object(launch.comm, path.exists()):
         return path
     sources = default_sources()
     chosen = [name for number, name in enumerate(sources) if (number % _HELD_OUT == 0) == (part == "valid")]
     return prepare_corpus(PrepareConfig(sources=tuple(chosen), output=path), launch)
+
+
+def embedded_path(part: str, folder: Path) -> Path:
+    """Return where `embedded_corpus` keeps that part in that folder; it need not exist."""
+    return folder / f"python-{sys.version_info.major}.{sys.version_info.minor}-{part}.h5"
 
 
 def _source_bytes(sources: Sequence[str]) -> int | None:

@@ -5,36 +5,55 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from longnet_hpc.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from longnet_hpc.checkpoint import FOLDER, DataOrder, find_checkpoint, load_checkpoint
 from longnet_hpc.comm import agreed, all_reduce_sum
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
 from longnet_hpc.config import EvalConfig
 from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
 from longnet_hpc.data import Corpus, SequenceReader
-from longnet_hpc.files import replace_file
+from longnet_hpc.errors import CheckpointError
+from longnet_hpc.files import check_writable, naming_errors, replace_file
 from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, where
 from longnet_hpc.train import RECORD_NAME
 
-__all__ = ["RESULT_NAME", "evaluate"]
+__all__ = ["RESULT_NAME", "Evaluation", "evaluate", "write_evaluation"]
 
 RESULT_NAME, PICTURE_NAME = "result.json", "loss_by_context.png"
 """Files in the folder of an evaluation."""
 
 
-def evaluate(
-    config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_path: Path
-) -> tuple[Path, dict[str, Any]]:
-    """Evaluate a checkpoint on a corpus. Collective.
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out of an evaluation."""
+
+    config: EvalConfig
+    """How it was made, checkpoint and corpus by their absolute paths."""
+    model: dict[str, Any]
+    """Config of the model."""
+    folder: Path
+    """Folder for the results."""
+    results: dict[str, Any]
+    """Figures: ``loss`` (nats a token), ``perplexity``, ``bits_per_token``, ``bits_per_byte``, ``tokens``, ``seconds``,
+    ``corpus_seen_in_training`` (whether it is the corpus that the model was trained on), and ``loss_by_context``: for
+    bins of 1, 2, 3-4, 5-8, ... tokens of context, how many tokens, their mean loss, and its standard error as if they
+    were independent."""
+
+
+def evaluate(config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_path: Path) -> Evaluation:
+    """Evaluate a checkpoint on a corpus; `write_evaluation` keeps the results. Collective.
+
+    That they can be kept is made sure of first.
 
     Parameters
     ----------
@@ -49,17 +68,14 @@ def evaluate(
 
     Returns
     -------
-    tuple of Path and dict
-        The folder with the results, and the results, the same on all ranks: ``loss`` (nats a token), ``perplexity``,
-        ``bits_per_token``, ``bits_per_byte``, ``tokens``, ``seconds``, and ``loss_by_context``: for bins of 1, 2,
-        3-4, 5-8, ... tokens of context, how many tokens, their mean loss, and its standard error as if they were
-        independent.
+    Evaluation
+        The same on all ranks.
 
     Raises
     ------
     LongNetError or OSError
-        If checkpoint, corpus, config and ranks do not fit together, or the results cannot be written; the same on all
-        ranks.
+        If checkpoint, corpus, config and ranks do not fit together, the folder for the results cannot be written, or
+        the loss is not finite; the same on all ranks.
     """
     comm = launch.comm
     corpus: Corpus | None = None
@@ -68,25 +84,32 @@ def evaluate(
         with agreed(comm):
             path = find_checkpoint(checkpoint_path)
             checkpoint = load_checkpoint(path)
-            seq_len = config.seq_len or checkpoint.seq_len
+            seq_len = config.seq_len or checkpoint.order.seq_len
             compute = Compute(config, launch, checkpoint.model_config, seq_len)
             corpus = Corpus(corpus_path)
             compute.check_vocabulary(corpus.vocab_size)
-            reader = SequenceReader(
-                corpus,
-                seq_len=seq_len,
-                batch_size=config.batch_size,
-                slice_of=compute.slice_of,
-                seed=0,
-                shuffle=False,
-            )
+            reading: dict[str, Any] = {
+                "seq_len": seq_len,
+                "batch_size": config.batch_size,
+                "seed": 0,
+                "shuffle": False,
+            }
+            reader = SequenceReader(corpus, slice_of=compute.slice_of, **reading)
+            seen = DataOrder.of(corpus, **reading).same_corpus(checkpoint.order)
             model = LongNet(checkpoint.model_config)
             load_weights(model, checkpoint.tensors)
+            folder = config.output or _folder_of(path, corpus_path, checkpoint.step)
+            if launch.rank == 0:
+                with naming_errors(f"cannot write results to {folder}"):
+                    check_writable(folder)
+        compute.warn_of_reach()
         batches = min(reader.batches_per_epoch, config.max_batches or reader.batches_per_epoch)
         begin = time.perf_counter()
         totals = _sum_by_context(model.to(compute.device).eval(), reader, batches, compute, launch)
         seconds = time.perf_counter() - begin
         results = _results(totals.cpu(), seq_len, corpus.num_tokens / corpus.num_bytes)
+        if not math.isfinite(results["perplexity"]):
+            raise CheckpointError(f"{path} is of no use: its loss is {results['loss']:.4g} nats a token")
     finally:
         if reader is not None:
             reader.close()
@@ -97,14 +120,31 @@ def evaluate(
         "seconds": seconds,
         "tokens_per_second": results["tokens"] / seconds,
         "corpus": str(corpus_path),
+        "corpus_seen_in_training": seen,
         "checkpoint": str(path),
         "step": checkpoint.step,
     }
-    folder = config.output or path.parent.parent / f"eval-{corpus_path.stem}"
-    with agreed(comm):
+    config = replace(config, checkpoint=path.resolve(), corpus=corpus_path.resolve())
+    return Evaluation(config, dict(checkpoint.model), folder, results)
+
+
+def write_evaluation(evaluation: Evaluation, launch: Launch) -> None:
+    """Write the results with their config, record and picture into their folder, made if need be. Collective.
+
+    Raises
+    ------
+    OSError
+        If they cannot be written; the same on all ranks.
+    """
+    with agreed(launch.comm), naming_errors(f"cannot write results to {evaluation.folder}"):
         if launch.rank == 0:
-            _write(folder, config, launch, checkpoint, results)
-    return folder, results
+            _write(evaluation, launch)
+
+
+def _folder_of(checkpoint: Path, corpus: Path, step: int) -> Path:
+    """Return the folder of results by default: in that of the run, or beside a checkpoint that is in none."""
+    beside = checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent
+    return beside / f"eval-{corpus.stem}-step-{step}"
 
 
 def _sum_by_context(
@@ -116,7 +156,7 @@ def _sum_by_context(
     bins = torch.frexp((contexts - 1).double()).exponent.long()  # exact, unlike a logarithm
     totals = torch.zeros((3, plan.seq_len.bit_length() + 1), dtype=torch.float64, device=compute.device)
     done = 0
-    with steps_bar(launch.rank, "eval", batches) as update:
+    with steps_bar(launch.rank, "eval", batches, unit="batch") as update:
         for _ in range(batches):
             with agreed(launch.comm):
                 inputs, targets = (part.to(compute.device) for part in next(reader))
@@ -157,9 +197,10 @@ def _results(totals: torch.Tensor, seq_len: int, tokens_per_byte: float) -> dict
     }
 
 
-def _write(folder: Path, config: EvalConfig, launch: Launch, checkpoint: Checkpoint, results: dict[str, Any]) -> None:
+def _write(evaluation: Evaluation, launch: Launch) -> None:
     from longnet_hpc.picture import draw_context_curve
 
+    folder, config, results = evaluation.folder, evaluation.config, evaluation.results
     folder.mkdir(parents=True, exist_ok=True)
     heading = "Resolved config of this evaluation; python -m longnet_hpc.run eval --config reads it."
     replace_file(folder / CONFIG_NAME, lambda partial: write_toml(partial, config, heading))
@@ -167,7 +208,7 @@ def _write(folder: Path, config: EvalConfig, launch: Launch, checkpoint: Checkpo
     figures = {"loss_nats_per_token" if key == "loss" else key: value for key, value in results.items()}
     record = make_record(
         "eval",
-        config=to_table(config) | {"model": dict(checkpoint.model)},
+        config=to_table(config) | {"model": evaluation.model},
         place=where(launch),
         results=figures,
         check=(
@@ -176,5 +217,7 @@ def _write(folder: Path, config: EvalConfig, launch: Launch, checkpoint: Checkpo
         ),
     )
     append_record(folder / RECORD_NAME, record)
-    title = f"Step {checkpoint.step:,}: {results['bits_per_byte']:.3f} bits a byte of {results['tokens']:,} tokens"
+    title = f"Step {results['step']:,}: {results['bits_per_byte']:.3f} bits a byte of {results['tokens']:,} tokens"
+    if results["corpus_seen_in_training"]:
+        title += ", on the training corpus"
     draw_context_curve(results["loss_by_context"], title, folder / PICTURE_NAME)

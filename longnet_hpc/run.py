@@ -5,7 +5,6 @@ Parsing needs neither torch nor MPI, so the help comes at once; the rooms are en
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -133,26 +132,35 @@ def _eval(config: EvalConfig, launch: Launch) -> None:
 
 def _evaluate(config: EvalConfig, launch: Launch, checkpoint: Path) -> None:
     from longnet_hpc.corpora import embedded_corpus
-    from longnet_hpc.evaluate import evaluate
+    from longnet_hpc.evaluate import evaluate, write_evaluation
     from longnet_hpc.train import RUNS
 
     corpus = config.corpus or embedded_corpus(launch, "valid", RUNS / "corpus")
-    folder, results = evaluate(config, launch, checkpoint, corpus)
-    if launch.rank == 0:
-        print(json.dumps({key: value for key, value in results.items() if key != "loss_by_context"}))
+    evaluation = evaluate(config, launch, checkpoint, corpus)
+    results = evaluation.results
+    if launch.rank == 0:  # before they are written: a disk that is full by now does not take them along
+        seen = ", on the training corpus" if results["corpus_seen_in_training"] else ""
         _say(
-            ("evaluated", f"{results['tokens']:,} tokens of {corpus}"),
+            ("evaluated", f"{results['tokens']:,} tokens of {corpus}{seen}"),
             ("loss", f"{results['loss']:.4f} nats a token, perplexity {results['perplexity']:.3f}"),
             ("bits a byte", f"{results['bits_per_byte']:.4f}"),
-            ("results", f"{folder}{os.sep}: loss_by_context.png, result.json, config.toml"),
         )
+    write_evaluation(evaluation, launch)
+    if launch.rank == 0:
+        _say(("results", f"{evaluation.folder}{os.sep}: loss_by_context.png, result.json, config.toml"))
 
 
 def _main_job(config: TrainConfig, launch: Launch) -> None:
-    """Train, then evaluate on what the training left out."""
+    """Train, then evaluate: on the files that the embedded corpus leaves out, or on the very corpus that was given."""
+    from longnet_hpc.corpora import embedded_path
+    from longnet_hpc.train import RUNS
+
     result = _train(config, launch)
+    embedded = config.corpus is None or config.corpus.resolve() == embedded_path("train", RUNS / "corpus").resolve()
     compute = {name: getattr(config, name) for name in ("device", "dtype", "backend", "transport")}
-    evaluation = EvalConfig(checkpoint=result.folder, corpus=config.corpus, max_batches=40, **compute)
+    evaluation = EvalConfig(
+        checkpoint=result.folder, corpus=None if embedded else config.corpus, max_batches=40, **compute
+    )
     _evaluate(evaluation, launch, result.folder)
 
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,27 @@ from typing import Any
 import torch
 import xxhash
 
-from longnet_hpc.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, remove_old, save_checkpoint
+from longnet_hpc.checkpoint import (
+    Checkpoint,
+    DataOrder,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_old,
+    save_checkpoint,
+)
 from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects, broadcast_object
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
 from longnet_hpc.config import TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
 from longnet_hpc.data import Corpus, SequenceReader
-from longnet_hpc.errors import CheckpointError, ConfigError
-from longnet_hpc.files import replace_file
+from longnet_hpc.errors import ConfigError
+from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import Optimizer, learning_rate
 from longnet_hpc.progress import steps_bar
-from longnet_hpc.record import append_record, make_record, read_records, where
+from longnet_hpc.record import append_record, make_record, read_metrics, where
 
 __all__ = ["METRICS_NAME", "PICTURE_NAME", "RECORD_NAME", "RUNS", "TrainResult", "Trainer", "train"]
 
@@ -88,25 +96,40 @@ class Trainer:
     ) -> None:
         self.config, self.launch = config, launch
         self.compute = Compute(config, launch, config.model, config.seq_len)
-        self.compute.check_vocabulary(corpus.vocab_size)
+        self.compute.check_vocabulary(corpus.vocab_size, f"; use --model.vocab-size {corpus.vocab_size}")
+        reading = {key: getattr(config, key) for key in ("seq_len", "batch_size", "seed", "shuffle")}
+        self.order = DataOrder.of(corpus, **reading)
         torch.manual_seed(config.seed)
         self.model = LongNet(config.model).to(self.compute.device)
         self.model.activation_checkpointing = config.activation_checkpointing
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.steps_done = 0
         if checkpoint is not None:
-            _check_model(checkpoint, config)
+            checkpoint.check_fits(config.model, self.order)
             self.optimizer.load_state(checkpoint.tensors, checkpoint.step)
             self.steps_done = checkpoint.step
         self.reader = SequenceReader(
             corpus,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
             slice_of=self.compute.slice_of,
-            seed=config.seed,
-            shuffle=config.shuffle,
             start_batch=checkpoint.batch_index if checkpoint else 0,
+            **reading,
         )
+
+    def check_data(self) -> None:
+        """Read this rank's slices of the next step once more than needed, to find damage before anything is written.
+
+        Raises
+        ------
+        CorpusError
+            If one cannot be read, on this rank alone.
+        """
+        for ahead in range(self.config.accumulation):
+            self.reader.window(self.reader.batch_index + ahead)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this call ends."""
+        return min(self.config.steps, self.config.stop_at or self.config.steps)
 
     def step(self) -> dict[str, Any]:
         """Do one step and return its line of metrics, the same on all ranks. Collective.
@@ -165,7 +188,7 @@ class Trainer:
         return Checkpoint(
             self.steps_done,
             self.reader.batch_index,
-            self.config.seq_len,
+            self.order,
             to_table(self.config.model),
             self.optimizer.state(),
         )
@@ -185,7 +208,8 @@ class Trainer:
 def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult:
     """Train, leaving everything in the folder of the run: config, metrics, checkpoints, record, picture. Collective.
 
-    Nothing is written before all ranks have agreed that config, corpus, checkpoint and ranks fit together.
+    Nothing is written before all ranks have agreed that config, corpus, checkpoint and ranks fit together, and have
+    read the first step's tokens. The saved config names the corpus by its absolute path.
 
     Parameters
     ----------
@@ -207,11 +231,12 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
         The same on all ranks; `Trainer` and `Trainer.step` say when.
     """
     comm = launch.comm
+    config = replace(config, corpus=corpus_path.resolve())
     stamp = broadcast_object(comm, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     folder = config.resume or config.folder or RUNS / stamp
     with _trainer(config, launch, corpus_path, folder) as trainer:
         lines: list[dict[str, Any]] = []
-        with agreed(comm):
+        with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
             if launch.rank == 0:
                 lines = _open_folder(folder, config, trainer.steps_done)
         _announce(trainer, corpus_path, folder)
@@ -220,9 +245,9 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
         seconds = time.perf_counter() - begin
         result = _result(trainer, folder, new_lines, seconds)
         same = trainer.same_on_all_ranks()
-    with agreed(comm):
+    with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
         if launch.rank == 0:
-            _finish(config, launch, result, lines + new_lines, same)
+            _finish(config, launch, result, lines, new_lines, same)
     return result
 
 
@@ -235,11 +260,16 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
         with agreed(launch.comm):
             if config.resume is None and folder.exists():
                 raise ConfigError(f"folder {folder} exists; go on with --resume {folder}, or choose another --folder")
-            checkpoint = load_checkpoint(find_checkpoint(folder)) if config.resume else None
+            checkpoint = _checkpoint_to_resume(folder) if config.resume else None
             corpus = Corpus(corpus_path)
             trainer = Trainer(config, launch, corpus, checkpoint)
             if trainer.steps_done >= config.steps:
                 raise ConfigError(f"training has done {trainer.steps_done} of {config.steps} steps; raise --steps")
+            if config.stop_at is not None and trainer.steps_done >= config.stop_at:
+                raise ConfigError(
+                    f"training has done {trainer.steps_done} steps, stop_at must be above that, got {config.stop_at}"
+                )
+            trainer.check_data()
         assert trainer is not None
         yield trainer
     finally:
@@ -249,9 +279,22 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
             corpus.close()
 
 
+def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
+    """Return the latest checkpoint of a run; None if it ended before its first, but did begin."""
+    if latest_checkpoint(folder) is None and (folder / CONFIG_NAME).is_file():
+        return None
+    return load_checkpoint(find_checkpoint(folder))
+
+
 def _announce(trainer: Trainer, corpus_path: Path, folder: Path) -> None:
     config, compute, ranks = trainer.config, trainer.compute, trainer.launch.size
-    logging.getLogger("longnet_hpc").info(
+    log = logging.getLogger("longnet_hpc")
+    if config.resume is not None and trainer.steps_done == 0:
+        log.info("%s has no checkpoint yet: the training starts at step 0", folder)
+    if config.optimizer.warmup_steps >= config.steps:
+        log.info("the warm-up of %s steps outlasts all %s steps", f"{config.optimizer.warmup_steps:,}", config.steps)
+    compute.warn_of_reach()
+    log.info(
         "training %s, %s parameters, on %s rank%s (%s, %s): steps %s to %s of %s tokens from %s, into %s",
         config.preset,
         f"{trainer.model.parameter_count:,}",
@@ -260,27 +303,18 @@ def _announce(trainer: Trainer, corpus_path: Path, folder: Path) -> None:
         compute.device.type,
         str(compute.dtype).removeprefix("torch."),
         trainer.steps_done + 1,
-        config.steps,
+        trainer.last_step,
         f"{config.seq_len * config.batch_size * config.accumulation:,}",
         corpus_path,
         folder,
     )
 
 
-def _check_model(checkpoint: Checkpoint, config: TrainConfig) -> None:
-    theirs, ours = to_table(checkpoint.model_config), to_table(config.model)
-    for key in ours.keys() | theirs.keys():
-        if ours.get(key) != theirs.get(key):
-            raise CheckpointError(
-                f"checkpoint is of another model: its {key} is {theirs.get(key)}, not {ours.get(key)} as configured"
-            )
-
-
 def _open_folder(folder: Path, config: TrainConfig, steps_done: int) -> list[dict[str, Any]]:
     """Make the folder of the run, or take it up; return the metrics up to the checkpoint."""
     folder.mkdir(parents=True, exist_ok=config.resume is not None)
     metrics = folder / METRICS_NAME
-    lines = [line for line in read_records(metrics) if line["step"] <= steps_done] if metrics.exists() else []
+    lines = read_metrics(metrics, steps_done)
     # Steps after the checkpoint will be done again.
     replace_file(metrics, lambda partial: partial.write_text("".join(json.dumps(line) + "\n" for line in lines)))
     heading = "Resolved config of this run; python -m longnet_hpc.run train --config reads it."
@@ -291,14 +325,14 @@ def _open_folder(folder: Path, config: TrainConfig, steps_done: int) -> list[dic
 def _steps(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
     """Do the steps of this call, writing metrics and checkpoints on rank 0."""
     config, comm, rank = trainer.config, trainer.launch.comm, trainer.launch.rank
-    last = min(config.steps, config.stop_at or config.steps)
+    last = trainer.last_step
     lines = []
     with steps_bar(rank, "train", last, trainer.steps_done) as update:
         while trainer.steps_done < last:
             line = trainer.step()
             lines.append(line)
             due = trainer.steps_done % config.save_every == 0 or trainer.steps_done == last
-            with agreed(comm):
+            with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
                 if rank == 0:
                     append_record(folder / METRICS_NAME, line)
                     if due:
@@ -309,38 +343,50 @@ def _steps(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
 
 
 def _result(trainer: Trainer, folder: Path, lines: list[dict[str, Any]], seconds: float) -> TrainResult:
-    steady = lines[_STEADY_AFTER:] or lines
+    steady = lines[_warmup(lines) :]
     return TrainResult(
         folder=folder,
         steps=trainer.steps_done,
-        loss=statistics.fmean(line["loss"] for line in lines[-max(1, len(lines) // 10) :]) if lines else math.nan,
-        tokens_per_second=statistics.median(line["tokens_per_second"] for line in steady) if lines else math.nan,
+        loss=statistics.fmean(line["loss"] for line in lines[-max(1, len(lines) // 10) :]),
+        tokens_per_second=statistics.median(line["tokens_per_second"] for line in steady),
         seconds=seconds,
-        bytes_received_per_layer=max((line["bytes_received_per_layer"] for line in lines), default=0),
+        bytes_received_per_layer=max(line["bytes_received_per_layer"] for line in lines),
         parameter_count=trainer.model.parameter_count,
     )
 
 
-def _finish(config: TrainConfig, launch: Launch, result: TrainResult, lines: list[dict[str, Any]], same: bool) -> None:
-    """Write the record and the picture of the run."""
+def _warmup(lines: list[dict[str, Any]]) -> int:
+    """Return how many of a call's steps do not count as its speed: none if there are no others."""
+    return _STEADY_AFTER if len(lines) > _STEADY_AFTER else 0
+
+
+def _finish(
+    config: TrainConfig,
+    launch: Launch,
+    result: TrainResult,
+    lines_before: list[dict[str, Any]],
+    lines: list[dict[str, Any]],
+    same: bool,
+) -> None:
+    """Write the record of this call, and the picture of the whole run."""
     from longnet_hpc.picture import draw_loss_curve
 
-    last = lines[-1]
     record = make_record(
         "train",
         config=to_table(config),
         place=where(launch),
         results={
             "steps": result.steps,
+            "steps_of_this_call": len(lines),
             "loss_nats_per_token": result.loss,
             "tokens_per_second": result.tokens_per_second,
             "seconds": result.seconds,
             "bytes_received_per_layer": result.bytes_received_per_layer,
-            "peak_memory_bytes": last["peak_memory_bytes"],
+            "peak_memory_bytes": lines[-1]["peak_memory_bytes"],
             "parameter_count": result.parameter_count,
         },
-        warmup=_STEADY_AFTER,
-        repeats=len(lines),
+        warmup=_warmup(lines),
+        repeats=len(lines) - _warmup(lines),
         statistic="median",
         check=("all ranks hold the same weights, bit for bit", same),
     )
@@ -349,4 +395,4 @@ def _finish(config: TrainConfig, launch: Launch, result: TrainResult, lines: lis
         f"LongNet {config.preset}, {result.parameter_count / 1e6:,.1f} M parameters, "
         f"{config.seq_len:,} tokens a sequence over {launch.size} rank{'s' if launch.size > 1 else ''}"
     )
-    draw_loss_curve(lines, title, result.folder / PICTURE_NAME)
+    draw_loss_curve(lines_before + lines, title, result.folder / PICTURE_NAME)

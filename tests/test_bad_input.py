@@ -26,17 +26,22 @@ def corpus(text, tmp_path):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """Run a command in this process; return its only line of error, after making sure that it wrote nothing new."""
+    """Run a command in this process; return its only line of error, after making sure that it changed no file."""
     monkeypatch.chdir(tmp_path)
 
+    def contents():
+        return {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
     def run(*words):
-        before = sorted(tmp_path.rglob("*"))
+        before = contents()
         capsys.readouterr()
         code = main([str(word) for word in words])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        shown = capsys.readouterr().err
+        lines = [line for line in shown.splitlines() if line.startswith("error: ")]
         assert code == 2
         assert len(lines) == 1
-        assert sorted(tmp_path.rglob("*")) == before
+        assert contents() == before
+        assert "%|" not in shown  # no bar before the work has begun
         return lines[0]
 
     return run
@@ -82,13 +87,14 @@ def test_corpus_shorter_than_a_sequence(refused, corpus):
 
 
 def test_token_outside_the_vocabulary(refused, corpus):
-    assert "vocab_size 100" in refused("train", *SMALL, "--corpus", corpus, "--model.vocab-size", 100)
+    line = refused("train", *SMALL, "--corpus", corpus, "--model.vocab-size", 100)
+    assert line.endswith("(vocab_size 100); use --model.vocab-size 256")
 
 
 def test_unwritable_run_folder(refused, corpus, tmp_path):
     (tmp_path / "file").touch()
     line = refused("train", *SMALL, "--corpus", corpus, "--folder", tmp_path / "file" / "run")
-    assert "Not a directory" in line
+    assert line == f"error: cannot write run folder {tmp_path / 'file' / 'run'}: Not a directory"
 
 
 def test_unwritable_corpus(refused, text, tmp_path):
@@ -111,8 +117,10 @@ def test_eval_without_a_checkpoint_or_of_none(refused, corpus, tmp_path):
     assert "neither a checkpoint" in refused("eval", "--corpus", corpus, "--checkpoint", tmp_path)
 
 
-def test_unknown_backend_and_missing_device(refused, corpus):
+def test_unknown_backend_and_missing_device(refused, corpus, monkeypatch):
     assert "backend must be one of" in refused("train", *SMALL, "--corpus", corpus, "--backend", "magic")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch sees no CUDA device" in refused("train", *SMALL, "--corpus", corpus, "--device", "cuda")
 
 
 def test_checkpoint_of_another_model_and_training_that_is_over(refused, corpus, tmp_path):
@@ -121,6 +129,42 @@ def test_checkpoint_of_another_model_and_training_that_is_over(refused, corpus, 
     line = refused("train", "--resume", run, "--steps", "9", "--model.layers", "3")
     assert "another model: its layers is 2, not 3" in line
     assert "3 of 3 steps" in refused("train", "--resume", run)
+    for stop_at in (2, 3):
+        line = refused("train", "--resume", run, "--steps", 9, "--stop-at", stop_at)
+        assert line == f"error: training has done 3 steps, stop_at must be above that, got {stop_at}"
+
+
+def test_resumption_on_other_batches(refused, corpus, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", *SMALL, "--corpus", str(corpus), "--folder", str(run)]) == 0
+    (tmp_path / "other.txt").write_text("another text\n" * 500)
+    other = prepare([tmp_path / "other.txt"], tmp_path / "other.h5")
+    onward = ("train", "--resume", run, "--steps", 9)
+    assert "its corpus_tokens is" in refused(*onward, "--corpus", other)
+    for name, option in (("batch_size", 2), ("seq_len", 256), ("seed", 5)):
+        line = refused(*onward, f"--{name.replace('_', '-')}", option)
+        assert f"its {name} is " in line
+        assert f"not {option} as configured" in line
+    assert "its shuffle is False, not True as configured" in refused(*onward, "--shuffle")
+
+
+def test_run_whose_metrics_are_not_its_own(refused, corpus, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", *SMALL, "--corpus", str(corpus), "--folder", str(run)]) == 0
+    good = (run / "metrics.jsonl").read_text().splitlines()
+    for bad, message in (("{half", "line 2 is not JSON"), ("[3]", "line 2 is not the line of a step")):
+        (run / "metrics.jsonl").write_text("\n".join((good[0], bad, good[2])) + "\n")
+        assert message in refused("train", "--resume", run, "--steps", 9)
+
+
+def test_unwritable_folder_of_an_evaluation_before_it_begins(refused, corpus, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert main(["train", *SMALL, "--corpus", str(corpus), "--folder", str(run)]) == 0
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("longnet_hpc.evaluate._sum_by_context", None)  # not called
+    output = tmp_path / "file" / "results"
+    line = refused("eval", "--checkpoint", run, "--corpus", corpus, "--output", output)
+    assert line == f"error: cannot write results to {output}: Not a directory"
 
 
 def test_damaged_chunk_on_the_second_rank_alone(corpus, tmp_path):
@@ -134,6 +178,16 @@ def test_damaged_chunk_on_the_second_rank_alone(corpus, tmp_path):
     assert "damaged" in line
     assert "checksum" in line
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_damaged_chunk_in_the_first_step_on_the_second_rank_alone(corpus, tmp_path):
+    # The second batch of the first step is tokens 512 to 1023; only rank 1 reads what lies after 768.
+    start = corpus.read_bytes().index(b"line 0 of the text")
+    change_byte(corpus, corpus.read_bytes()[start + 900 : start + 920])
+    words = ("train", *SMALL, "--accumulation", "2", "--corpus", corpus, "--folder", tmp_path / "run")
+    (line,) = error_lines(run_command(*words, ranks=2))
+    assert "checksum" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_ranks_than_tokens(corpus, tmp_path):

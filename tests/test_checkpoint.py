@@ -1,18 +1,29 @@
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from longnet_hpc import LongNet, LongNetConfig, checkpoint
-from longnet_hpc.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, remove_old, save_checkpoint
+from longnet_hpc.checkpoint import (
+    Checkpoint,
+    DataOrder,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_old,
+    save_checkpoint,
+)
 from longnet_hpc.config import OptimizerConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.errors import CheckpointError
-from longnet_hpc.files import replace_file
+from longnet_hpc.files import check_writable, naming_errors, replace_file
 from longnet_hpc.optimizer import Optimizer, load_weights
 
 MODEL = LongNetConfig(layers=1, embed_dim=8, heads=2, segment_lengths=(4,), dilation_rates=(1,))
+ORDER = DataOrder(corpus_tokens=1000, corpus_hash="0123", seq_len=16, batch_size=2, seed=3, shuffle=True)
 
 
 def trained(config=MODEL, seed=0):
@@ -27,13 +38,13 @@ def trained(config=MODEL, seed=0):
 
 def saved(folder, step=2, optimizer=None):
     optimizer = optimizer or trained()[1]
-    return save_checkpoint(folder, Checkpoint(step, 7, 16, to_table(MODEL), optimizer.state()))
+    return save_checkpoint(folder, Checkpoint(step, 7, ORDER, to_table(MODEL), optimizer.state()))
 
 
 def test_checkpoint_brings_back_weights_and_moments_so_that_the_next_step_is_the_same(tmp_path):
     model, optimizer = trained()
     loaded = load_checkpoint(saved(tmp_path, optimizer=optimizer))
-    assert (loaded.step, loaded.batch_index, loaded.seq_len, loaded.model_config) == (2, 7, 16, MODEL)
+    assert (loaded.step, loaded.batch_index, loaded.order, loaded.model_config) == (2, 7, ORDER, MODEL)
     other = LongNet(loaded.model_config)
     other_optimizer = Optimizer(other, OptimizerConfig())
     other_optimizer.load_state(loaded.tensors, loaded.step)
@@ -60,6 +71,45 @@ def test_latest_checkpoint_is_found_by_its_step_and_old_ones_go(tmp_path):
     remove_old(tmp_path, keep=2)
     left = {path.name for path in (tmp_path / "checkpoints").glob("step-0*")}
     assert left == {"step-00000020.safetensors"}
+
+
+def test_run_without_a_checkpoint_has_no_latest_one(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_mode_of_a_checkpoint_follows_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        path = saved(tmp_path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_file_of_a_killed_writer_is_replaced_with_the_mode_of_a_new_one(tmp_path):
+    left = tmp_path / ".file.partial"
+    left.touch(mode=0o600)
+    replace_file(tmp_path / "file", lambda partial: partial.write_text("new"))
+    (tmp_path / "other").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert not left.exists()
+
+
+def test_writable_folder_is_checked_without_a_trace(tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old", tmp_path / "new" / "deep", tmp_path / "old" / "new"):
+        check_writable(folder)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+@pytest.mark.parametrize("name", ["file/deep", "file", "new/" + "long" * 100])
+def test_unwritable_folder_is_noticed_without_a_trace(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write here: [A-Z]"), naming_errors("cannot write here"):
+        check_writable(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "file"]
 
 
 def test_writing_that_fails_leaves_the_old_file_and_no_part(tmp_path):
@@ -124,7 +174,7 @@ def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path):
 @pytest.mark.parametrize("about", [None, {"longnet_hpc": json.dumps({"format": "longnet_hpc checkpoint"})}])
 def test_foreign_or_wrong_version_safetensors_is_refused(tmp_path, about):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign", about)
-    with pytest.raises(CheckpointError, match="is no checkpoint of format version 1"):
+    with pytest.raises(CheckpointError, match="is no checkpoint of format version 2"):
         load_checkpoint(tmp_path / "foreign")
 
 
@@ -147,6 +197,32 @@ def test_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_path
 
 
 def test_checkpoint_with_a_model_that_cannot_be_is_refused(tmp_path):
-    path = save_checkpoint(tmp_path, Checkpoint(1, 1, 16, {"heads": 5, "embed_dim": 8}, {"weight.a": torch.zeros(1)}))
+    path = save_checkpoint(
+        tmp_path, Checkpoint(1, 1, ORDER, {"heads": 5, "embed_dim": 8}, {"weight.a": torch.zeros(1)})
+    )
     with pytest.raises(CheckpointError, match="a model that cannot be: heads must divide embed_dim"):
         _ = load_checkpoint(path).model_config
+
+
+def test_training_goes_on_only_with_the_same_model_and_the_same_batches(tmp_path):
+    loaded = load_checkpoint(saved(tmp_path))
+    loaded.check_fits(MODEL, ORDER)
+    with pytest.raises(CheckpointError, match="of another model: its layers is 1, not 2 as configured"):
+        loaded.check_fits(replace(MODEL, layers=2), ORDER)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"corpus_tokens": 1001},
+        {"corpus_hash": "4567"},
+        {"seq_len": 32},
+        {"batch_size": 1},
+        {"seed": 4},
+        {"shuffle": False},
+    ],
+)
+def test_training_on_other_batches_is_refused_by_name(tmp_path, changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(CheckpointError, match=f"other batches: its {name} is .*, not {value} as configured"):
+        load_checkpoint(saved(tmp_path)).check_fits(MODEL, replace(ORDER, **changes))

@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-from longnet_hpc import dropout
+from longnet_hpc import LongNet, LongNetConfig, dropout
+from longnet_hpc.checkpoint import find_checkpoint, load_checkpoint
+from longnet_hpc.comm.launch import start
+from longnet_hpc.config import EvalConfig, TrainConfig
+from longnet_hpc.data import Corpus, prepare
 from longnet_hpc.dropout import position_dropout
+from longnet_hpc.evaluate import evaluate
+from longnet_hpc.optimizer import load_weights
+from longnet_hpc.train import Trainer, train
 
 MASK = (1 << 64) - 1
 
@@ -69,3 +76,46 @@ def test_gradient_has_the_same_mask_and_no_probability_changes_nothing():
     (grad,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(grad * x, out)
     assert position_dropout(x, 0.0, seed=1, site=1, start=5) is x
+
+
+SETTINGS = {
+    "model": LongNetConfig(layers=1, embed_dim=16, heads=2, segment_lengths=(16,), dilation_rates=(1,), dropout=0.5),
+    "seq_len": 16,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def corpus_path(tmp_path):
+    (tmp_path / "text").write_text("some words " * 20)
+    return prepare([tmp_path / "text"], tmp_path / "corpus.h5")
+
+
+def test_every_batch_of_every_step_has_masks_of_its_own(corpus_path, monkeypatch):
+    seeds = []
+    loss = LongNet.loss
+
+    def watched(model, *arguments, dropout_seed):
+        seeds.append(dropout_seed)
+        return loss(model, *arguments, dropout_seed=dropout_seed)
+
+    monkeypatch.setattr(LongNet, "loss", watched)
+    with Corpus(corpus_path) as corpus:
+        trainer = Trainer(TrainConfig(**SETTINGS, accumulation=2), start(device="cpu"), corpus)
+        for _ in range(3):
+            trainer.step()
+        trainer.close()
+    assert len(set(seeds)) == 6
+
+
+def test_evaluation_has_no_dropout(corpus_path, tmp_path):
+    launch = start(device="cpu")
+    train(TrainConfig(**SETTINGS, steps=1, folder=tmp_path / "run"), launch, corpus_path)
+    found = evaluate(EvalConfig(max_batches=2, device="cpu"), launch, tmp_path / "run", corpus_path).results["loss"]
+    with Corpus(corpus_path) as corpus:
+        tokens = torch.from_numpy(corpus.read(0, 33).astype("int64"))
+    model = LongNet(SETTINGS["model"])
+    load_weights(model, load_checkpoint(find_checkpoint(tmp_path / "run")).tensors)
+    logits = model.eval()(tokens[:-1].view(2, 16))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:])
+    assert found == pytest.approx(expected.item(), rel=1e-5)

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 from launching import MODEL, run_command
 
-from longnet_hpc.data import prepare
+from longnet_hpc.data import Corpus, default_sources, prepare
 from longnet_hpc.record import check_record, read_records
 from longnet_hpc.run import main
 
@@ -19,6 +19,11 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text("".join(f"def f{n}(x):\n    return x * {n}\n" for n in range(2000)))
     return prepare([folder / "text.txt"], folder / "corpus.h5")
+
+
+def documents(path):
+    with Corpus(path) as corpus:
+        return [corpus.document_name(index) for index in range(corpus.num_documents)]
 
 
 def loss_curve(folder):
@@ -33,7 +38,7 @@ def test_main_job_prepares_trains_evaluates_and_says_where(tmp_path, monkeypatch
         assert expected in shown.out
     for name in ("config.toml", "metrics.jsonl", "record.jsonl", "loss.png", "checkpoints/step-00000004.safetensors"):
         assert (tmp_path / "runs/first" / name).stat().st_size > 0
-    (held_out,) = (tmp_path / "runs/first").glob("eval-python-*-valid")
+    (held_out,) = (tmp_path / "runs/first").glob("eval-python-*-valid-step-4")
     results = json.loads((held_out / "result.json").read_text())
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
     assert results["bits_per_byte"] == pytest.approx(results["loss"] / math.log(2))
@@ -44,10 +49,33 @@ def test_main_job_prepares_trains_evaluates_and_says_where(tmp_path, monkeypatch
     for path in (tmp_path / "runs/first/record.jsonl", held_out / "record.jsonl"):
         check_record(read_records(path)[-1])
     assert 4.0 < results["loss"] < 6.0  # four steps from log(256) = 5.5
+    assert results["tokens"] == 40 * 512
+    assert results["corpus_seen_in_training"] is False
+    assert "training corpus" not in shown.out
+    assert not any(line.startswith("{") for line in shown.out.splitlines())
+
+    (train_file,), (valid_file,) = (
+        (tmp_path / "runs/corpus").glob(f"python-*-{part}.h5") for part in ("train", "valid")
+    )
+    trained_on, evaluated_on = documents(train_file), documents(valid_file)
+    assert not set(trained_on) & set(evaluated_on)
+    assert sorted(trained_on + evaluated_on) == sorted(map(str, default_sources()))
+    for saved, corpus in ((tmp_path / "runs/first", train_file), (held_out, valid_file)):
+        assert tomllib.loads((saved / "config.toml").read_text())["corpus"] == str(corpus)
 
     stored = sorted((tmp_path / "runs/corpus").iterdir())
     assert main([*SMALL, "--steps", "1", "--folder", "runs/second"]) == 0
     assert sorted((tmp_path / "runs/corpus").iterdir()) == stored
+    assert main(["--resume", "runs/second", "--steps", "2"]) == 0
+    assert list((tmp_path / "runs/second").glob("eval-python-*-valid-step-2"))
+
+
+def test_main_job_on_a_corpus_of_ones_own_says_that_it_was_trained_on(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, "--steps", "1", "--corpus", str(corpus), "--folder", "run"]) == 0
+    assert f"tokens of {corpus}, on the training corpus" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run/eval-corpus-step-1/result.json").read_text())
+    assert results["corpus_seen_in_training"] is True
 
 
 def test_prepare_writes_a_corpus_with_a_record(tmp_path, capsys):
@@ -92,7 +120,36 @@ def test_losses_are_those_of_one_rank_when_stopped_on_four_ranks_and_resumed_on_
     done = run_command(*alone, "--output", tmp_path / "eval-three", ranks=3)
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads((tmp_path / f"eval-{name}" / "result.json").read_text()) for name in ("one", "three"))
+    assert expected["tokens"] == found["tokens"] == 8 * 512
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for ours, theirs in zip(found["loss_by_context"], expected["loss_by_context"], strict=True):
         assert ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [("run/checkpoints/any.safetensors", "run"), ("a/b/model.safetensors", "a/b")],
+)
+def test_results_lie_in_the_run_or_beside_a_checkpoint_without_one(corpus, tmp_path, file, folder):
+    assert main(["train", *SMALL, "--steps", "1", "--corpus", str(corpus), "--folder", str(tmp_path / "run")]) == 0
+    checkpoint = tmp_path / file
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run/checkpoints/step-00000001.safetensors").rename(checkpoint)
+    words = ("--checkpoint", str(checkpoint), "--corpus", str(corpus), "--max-batches", "1", "--device", "cpu")
+    assert main(["eval", *words]) == 0
+    assert (tmp_path / folder / "eval-corpus-step-1" / "result.json").is_file()
+
+
+def test_figures_are_shown_even_if_the_results_can_no_longer_be_written(corpus, tmp_path, monkeypatch, capsys):
+    assert main(["train", *SMALL, "--steps", "1", "--corpus", str(corpus), "--folder", str(tmp_path / "run")]) == 0
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("longnet_hpc.evaluate.replace_file", full)
+    words = ("--checkpoint", str(tmp_path / "run"), "--corpus", str(corpus), "--max-batches", "1", "--device", "cpu")
+    assert main(["eval", *words]) == 2
+    shown = capsys.readouterr()
+    assert "perplexity" in shown.out
+    assert f"error: cannot write results to {tmp_path / 'run/eval-corpus-step-1'}: No space left" in shown.err

@@ -2,17 +2,20 @@
 
 import copy
 import json
+import logging
 import math
+from importlib import metadata
 from itertools import pairwise
 
 import pytest
 import torch
 
 from longnet_hpc import LongNet, LongNetConfig
+from longnet_hpc.checkpoint import find_checkpoint, load_checkpoint
 from longnet_hpc.comm.launch import start
 from longnet_hpc.config import OptimizerConfig, TrainConfig
 from longnet_hpc.data import Corpus, prepare
-from longnet_hpc.errors import ConfigError, CorpusError
+from longnet_hpc.errors import CheckpointError, ConfigError, CorpusError
 from longnet_hpc.evaluate import _results
 from longnet_hpc.optimizer import Optimizer, learning_rate
 from longnet_hpc.record import append_record, check_record, make_record, read_records, where
@@ -134,7 +137,10 @@ def test_divergence_is_told_with_the_knob_and_updates_nothing(corpus_path):
 
 def test_corpus_with_more_token_values_than_the_model_is_refused(corpus_path):
     small = LongNetConfig(**vars(MODEL) | {"vocab_size": 200})
-    with Corpus(corpus_path) as corpus, pytest.raises(CorpusError, match="256 token values.*vocab_size 200"):
+    with (
+        Corpus(corpus_path) as corpus,
+        pytest.raises(CorpusError, match="256 token values.*vocab_size 200.; use --model.vocab-size 256$"),
+    ):
         Trainer(config(model=small), start(device="cpu"), corpus)
 
 
@@ -152,15 +158,63 @@ def test_run_that_stopped_between_checkpoints_does_those_steps_again(corpus_path
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name[:13] for path in checkpoints] == ["step-00000003", "step-00000005"]
     checkpoints[-1].unlink()
-    again = train(config(steps=8, resume=tmp_path / "run"), launch, corpus_path)
+    again = train(config(steps=8, save_every=3, resume=tmp_path / "run"), launch, corpus_path)
     assert (whole.steps, again.steps) == (8, 8)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000006.safetensors", "step-00000008.safetensors"]
     expected, found = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
     assert [line["step"] for line in found] == list(range(1, 9))
     assert [line["loss"] for line in found] == [line["loss"] for line in expected]
     record = read_records(tmp_path / "run" / "record.jsonl")[-1]
     check_record(record)
+    # Five steps of this call from step 3 on, of which three do not count as its speed.
+    assert (record["results"]["steps"], record["results"]["steps_of_this_call"]) == (8, 5)
+    assert record["how"] == {"warmup": 3, "repeats": 2, "statistic": "median"}
+    speeds = [line["tokens_per_second"] for line in found[-2:]]
+    assert record["results"]["tokens_per_second"] == pytest.approx(sum(speeds) / 2)
     assert record["check"] == {"name": "all ranks hold the same weights, bit for bit", "passed": True}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rest", ['{"step": 3, "lo', "\0\0\0", "\xff"])
+def test_run_that_was_killed_within_a_line_of_metrics_goes_on(corpus_path, tmp_path, rest):
+    launch, run = start(device="cpu"), tmp_path / "run"
+    train(config(stop_at=2, folder=run), launch, corpus_path)
+    with (run / "metrics.jsonl").open("a", encoding="latin-1") as stream:
+        stream.write(rest)
+    train(config(stop_at=3, resume=run), launch, corpus_path)
+    assert [line["step"] for line in read_records(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_run_that_ended_before_its_first_checkpoint_starts_again(corpus_path, tmp_path, caplog):
+    launch, run = start(device="cpu"), tmp_path / "run"
+    train(config(stop_at=2, folder=run), launch, corpus_path)
+    first = read_records(run / "metrics.jsonl")
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    with caplog.at_level(logging.INFO, "longnet_hpc"):
+        train(config(stop_at=1, resume=run), launch, corpus_path)
+    assert f"{run} has no checkpoint yet: the training starts at step 0" in caplog.messages
+    again = read_records(run / "metrics.jsonl")
+    assert [line["loss"] for line in again] == [first[0]["loss"]]
+    (run / "config.toml").unlink()
+    (run / "checkpoints" / "step-00000001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor the folder of a run"):
+        train(config(resume=run), launch, corpus_path)
+
+
+@pytest.mark.parametrize(("seq_len", "warned"), [(64, False), (65, True)])
+def test_sequence_beyond_the_longest_segment_is_warned_of_once(corpus_path, tmp_path, caplog, seq_len, warned):
+    train(config(seq_len=seq_len, steps=1, folder=tmp_path / "run"), start(device="cpu"), corpus_path)
+    told = [m for m in caplog.messages if m.startswith(f"warning: sequences of {seq_len} tokens") and ", 64:" in m]
+    assert len(told) == warned
+
+
+def test_checkpoint_holds_the_lists_of_a_geometric_pattern(corpus_path, tmp_path):
+    train(config(geometric=(8, 2), steps=1, folder=tmp_path / "run"), start(device="cpu"), corpus_path)
+    model = load_checkpoint(find_checkpoint(tmp_path / "run")).model_config
+    assert model.segment_lengths == (8, 16, 32, 64)
+    assert model.dilation_rates == (1, 2, 4, 8)
 
 
 def test_evaluation_sums_become_loss_perplexity_and_bits():
@@ -190,8 +244,15 @@ def test_record_survives_its_file_and_says_what_where_and_how(tmp_path):
     append_record(tmp_path / "r.jsonl", record)
     assert read_records(tmp_path / "r.jsonl") == [record, record]
     assert record["where"]["ranks"] == 1
-    assert record["where"]["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in torch.__version__
+    assert record["where"]["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert record["where"]["versions"]["numpy"] == metadata.version("numpy")
     assert record["how"] == {"warmup": 1, "repeats": 5, "statistic": "median"}
+
+
+def test_record_with_a_number_that_json_cannot_hold_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_record(tmp_path / "r.jsonl", {"loss": math.nan})
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 @pytest.mark.parametrize(
