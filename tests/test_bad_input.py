@@ -6,7 +6,7 @@ import h5py
 import pytest
 from launching import MODEL, error_lines, run_command, run_python
 
-from longnet_hpc.data import prepare
+from longnet_hpc.data import Corpus, prepare
 from longnet_hpc.run import main
 
 SMALL = (*MODEL, "--seq-len", "512", "--steps", "3", "--device", "cpu", "--no-shuffle")
@@ -141,6 +141,10 @@ def test_resumption_on_other_batches(refused, corpus, tmp_path):
     other = prepare([tmp_path / "other.txt"], tmp_path / "other.h5")
     onward = ("train", "--resume", run, "--steps", 9)
     assert "its corpus_tokens is" in refused(*onward, "--corpus", other)
+    with Corpus(corpus) as held:
+        (tmp_path / "alike.txt").write_text("x" * held.num_tokens)
+    alike = prepare([tmp_path / "alike.txt"], tmp_path / "alike.h5", chunk_tokens=64)
+    assert "its corpus_hash is" in refused(*onward, "--corpus", alike)
     for name, option in (("batch_size", 2), ("seq_len", 256), ("seed", 5)):
         line = refused(*onward, f"--{name.replace('_', '-')}", option)
         assert f"its {name} is " in line

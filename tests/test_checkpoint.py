@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,14 +64,14 @@ def test_weights_alone_can_be_loaded(tmp_path):
 
 
 def test_latest_checkpoint_is_found_by_its_step_and_old_ones_go(tmp_path):
-    for step in (9, 100_000_000, 20):
+    for step in (9, 100_000_000, 20_000_000):
         saved(tmp_path, step)
     (tmp_path / "checkpoints" / "step-latest.safetensors").touch()
     assert find_checkpoint(tmp_path).name == "step-100000000.safetensors"
     assert find_checkpoint(tmp_path / "checkpoints" / "step-00000009.safetensors").name == "step-00000009.safetensors"
     remove_old(tmp_path, keep=2)
-    left = {path.name for path in (tmp_path / "checkpoints").glob("step-0*")}
-    assert left == {"step-00000020.safetensors"}
+    left = {path.name for path in (tmp_path / "checkpoints").glob("step-?0*")}
+    assert left == {"step-20000000.safetensors", "step-100000000.safetensors"}
 
 
 def test_run_without_a_checkpoint_has_no_latest_one(tmp_path):
@@ -202,6 +203,12 @@ def test_checkpoint_with_a_model_that_cannot_be_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="a model that cannot be: heads must divide embed_dim"):
         _ = load_checkpoint(path).model_config
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files, even from root")
+def test_folder_that_exists_and_takes_no_files_is_noticed():
+    with pytest.raises(OSError, match="/proc"):
+        check_writable(Path("/proc"))
 
 
 def test_training_goes_on_only_with_the_same_model_and_the_same_batches(tmp_path):

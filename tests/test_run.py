@@ -1,12 +1,17 @@
 """The commands as a user runs them, and training that does not depend on the number of ranks."""
 
+import io
 import json
 import math
+import re
+import sys
+import time
 import tomllib
 
 import pytest
 from launching import MODEL, run_command
 
+from longnet_hpc import progress
 from longnet_hpc.data import Corpus, default_sources, prepare
 from longnet_hpc.record import check_record, read_records
 from longnet_hpc.run import main
@@ -52,6 +57,7 @@ def test_main_job_prepares_trains_evaluates_and_says_where(tmp_path, monkeypatch
     assert results["tokens"] == 40 * 512
     assert results["corpus_seen_in_training"] is False
     assert "training corpus" not in shown.out
+    assert re.search("eval.*(batch/s|s/batch)", shown.err)
     assert not any(line.startswith("{") for line in shown.out.splitlines())
 
     (train_file,), (valid_file,) = (
@@ -76,6 +82,30 @@ def test_main_job_on_a_corpus_of_ones_own_says_that_it_was_trained_on(corpus, tm
     assert f"tokens of {corpus}, on the training corpus" in capsys.readouterr().out
     results = json.loads((tmp_path / "run/eval-corpus-step-1/result.json").read_text())
     assert results["corpus_seen_in_training"] is True
+
+
+@pytest.mark.parametrize(("terminal", "refreshed"), [(True, 7), (False, 2)])
+def test_bar_is_refreshed_often_only_on_a_terminal(monkeypatch, terminal, refreshed):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "_SECONDS_ON_A_TERMINAL", 0.001)
+    with progress.steps_bar(0, "train", 5) as update:
+        for _ in range(5):
+            time.sleep(0.02)
+            update("a word")
+    assert stream.getvalue().count("%|") == refreshed
+    assert "5/5" in stream.getvalue()
+
+
+def test_bar_of_bytes_begins_with_the_first_and_ends_full(capsys):
+    with progress.bytes_bar(0, "prepare", 10) as update:
+        assert capsys.readouterr().err == ""
+        update(4)
+        update(4)
+    shown = capsys.readouterr().err
+    assert shown.count("  0%|") == 1
+    assert "10.0/10.0" in shown
 
 
 def test_prepare_writes_a_corpus_with_a_record(tmp_path, capsys):
