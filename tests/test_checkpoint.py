@@ -72,6 +72,8 @@ def test_latest_checkpoint_is_found_by_its_step_and_old_ones_go(tmp_path):
     remove_old(tmp_path, keep=2)
     left = {path.name for path in (tmp_path / "checkpoints").glob("step-?0*")}
     assert left == {"step-20000000.safetensors", "step-100000000.safetensors"}
+    remove_old(tmp_path, keep=1)
+    assert find_checkpoint(tmp_path).name == "step-100000000.safetensors"
 
 
 def test_run_without_a_checkpoint_has_no_latest_one(tmp_path):
