@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from longnet_hpc import __version__
-from longnet_hpc.config import OPTIMIZERS, EvalConfig, LongNetConfig, PrepareConfig, PresetName, TrainConfig
+from longnet_hpc.config import OPTIMIZERS, EvalConfig, LongNetConfig, PrepareConfig, TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, from_table, read_toml
 from longnet_hpc.errors import CheckpointError, ConfigError
 
@@ -42,7 +42,7 @@ class _Base:
 
     config: Path | None = None
     resume: Path | None = None
-    preset: PresetName | None = None
+    preset: str | None = None
 
 
 def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
@@ -111,9 +111,11 @@ def _start_from(base: _Base, default: Any) -> Any:
         if not path.is_file():
             raise CheckpointError(f"{base.resume} is not the folder of a run: it has no {CONFIG_NAME}")
     table = read_toml(path) if path else {}
-    if base.preset is not None:
-        table = {key: value for key, value in table.items() if key != "model"} | {"preset": base.preset}
-    preset = from_table({key: table[key] for key in ("preset",) if key in table}, default).preset
+    preset: Any = base.preset
+    if preset is None:
+        preset = from_table({key: table[key] for key in ("preset",) if key in table}, default).preset
+    else:
+        table = {key: value for key, value in table.items() if key not in ("model", "preset")}
     model, optimizer = LongNetConfig.preset(preset), OPTIMIZERS[preset]
     return from_table(table, replace(default, preset=preset, model=model, optimizer=optimizer))
 

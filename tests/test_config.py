@@ -230,7 +230,7 @@ def test_words_choose_the_command():
         (("train", "--stepz", "3"), "--stepz"),
         (("train", "--steps", "x"), "--steps"),
         (("--geometric", "1024"), "geometric"),
-        (("train", "--preset", "huge"), "huge"),
+        (("train", "--preset", "huge"), "preset must be one of tiny, 125m, 350m, 760m, 2.7b, got 'huge'"),
         (("--model.heads", "3"), "heads must divide embed_dim, got 3"),
         (("--model.segment-lengths", "8", "--model.dilation-rates", "1", "2"), "pair up, got 1 and 2"),
         (("--model.segment-lengths", "0", "--model.dilation-rates", "1"), "at least 1, got 0"),
