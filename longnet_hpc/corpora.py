@@ -13,6 +13,7 @@ from longnet_hpc.config import PrepareConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.data import Corpus, default_sources, prepare
 from longnet_hpc.data.sources import STANDARD_INPUT, find_units
+from longnet_hpc.errors import CorpusError
 from longnet_hpc.progress import bytes_bar
 from longnet_hpc.record import append_record, make_record, where
 
@@ -69,7 +70,13 @@ def embedded_corpus(launch: Launch, part: str, folder: Path) -> Path:
         return path
     sources = default_sources()
     chosen = [name for number, name in enumerate(sources) if (number % _HELD_OUT == 0) == (part == "valid")]
-    return prepare_corpus(PrepareConfig(sources=tuple(chosen), output=path), launch)
+    try:
+        return prepare_corpus(PrepareConfig(sources=tuple(chosen), output=path), launch)
+    except CorpusError:
+        # Another job may have made it meanwhile; a corpus file that exists is whole.
+        if broadcast_object(launch.comm, path.exists()):
+            return path
+        raise
 
 
 def embedded_path(part: str, folder: Path) -> Path:

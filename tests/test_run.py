@@ -11,8 +11,10 @@ import tomllib
 import pytest
 from launching import MODEL, run_command
 
-from longnet_hpc import progress
+from longnet_hpc import corpora, progress
+from longnet_hpc.comm.launch import start
 from longnet_hpc.data import Corpus, default_sources, prepare
+from longnet_hpc.errors import CorpusError
 from longnet_hpc.record import check_record, read_records
 from longnet_hpc.run import main
 
@@ -183,3 +185,22 @@ def test_figures_are_shown_even_if_the_results_can_no_longer_be_written(corpus, 
     shown = capsys.readouterr()
     assert "perplexity" in shown.out
     assert f"error: cannot write results to {tmp_path / 'run/eval-corpus-step-1'}: No space left" in shown.err
+
+
+def test_embedded_corpus_that_another_job_makes_meanwhile_is_used(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the other job's text")
+    made = []
+
+    def overtaken(config, launch):
+        made.append(prepare([tmp_path / "text.txt"], config.output))
+        raise CorpusError(f"{config.output} exists and is not overwritten without --overwrite")
+
+    monkeypatch.setattr(corpora, "prepare_corpus", overtaken)
+    assert corpora.embedded_corpus(start(device="cpu"), "train", tmp_path) == made[0]
+
+    def fails(config, launch):
+        raise CorpusError("cannot write")
+
+    monkeypatch.setattr(corpora, "prepare_corpus", fails)
+    with pytest.raises(CorpusError, match="cannot write"):
+        corpora.embedded_corpus(start(device="cpu"), "valid", tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["Launch", "start"]
+
+_SECONDS_TO_BE_HEARD = 0.5
+"""From the traceback to the abort: launchers end their pipes at once, with what they have not read yet."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def _abort_on_exception(comm: MPI.Comm) -> None:
         sys.stderr.write(f"rank {comm.rank} of {comm.size} failed and ends the job:\n{text}")
         sys.stderr.flush()
         logging.shutdown()
+        time.sleep(_SECONDS_TO_BE_HEARD)
         comm.Abort(1)
 
     sys.excepthook = abort
