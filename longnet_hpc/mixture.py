@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.attention.branch import Output, attend, attend_backward
-from longnet_hpc.attention.sums import GradientSum, SoftmaxSum
+from longnet_hpc.attention.sums import gradient_sum, softmax_sum
 from longnet_hpc.exchange import Rows
 from longnet_hpc.grids import piece_grids, row_grids
 
@@ -81,7 +81,7 @@ class _Mixture(torch.autograd.Function):
         plan.bytes_received += sum(flight.bytes_received for flight in flights)
         progress = _driving(flights)
 
-        total = SoftmaxSum(q)
+        total = softmax_sum(q)
         for index, branch, run in plan.pieces:
             pairs = piece_grids(branch, run, heads, kv_heads)
             attend(backend, q, k, v, pairs, total, causal=causal, scale=scale, first=index == 0, progress=progress)
@@ -106,7 +106,7 @@ class _Mixture(torch.autograd.Function):
         plan: SequencePlan = ctx.plan
         heads, kv_heads = q.shape[2], k.shape[2]
         output = Output(_laid_out(dout), out, lse)
-        dq, dk, dv = GradientSum(q), GradientSum(k), GradientSum(v)
+        dq, dk, dv = gradient_sum(q), gradient_sum(k), gradient_sum(v)
         exchanges = plan.exchanges(heads, kv_heads, causal=ctx.causal)
         flights: list[Pending] = []
         progress = _driving(flights)
@@ -116,7 +116,7 @@ class _Mixture(torch.autograd.Function):
             for offset in offsets:
                 rows = next(tensors), next(tensors)
                 pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
-                sums = GradientSum(rows[0]), GradientSum(rows[1])
+                sums = gradient_sum(rows[0]), gradient_sum(rows[1])
                 attend_backward(
                     *(ctx.backend, q, *rows, pairs, output, dq, *sums),
                     causal=False,

@@ -45,6 +45,28 @@ def test_library_kernels_equal_the_oracle_with_merged_statistics(dtype, causal, 
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_cudnn_kernels_equal_the_oracle_with_merged_statistics(dtype, causal, head_dim, kv_heads):
+    case = Case(2, 1090, 6, kv_heads, head_dim, (300, 545, 1090), (1, 2, 4), causal, seed=head_dim)
+    for actual, expected in zip(*on_gpu(case, dtype, backend="cudnn"), strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_layouts_of_output_and_gradient_may_change_between_equal_queries():
+    """Torch looks cuDNN's plans up by the layouts of q, k and v alone."""
+    case = Case(2, 600, 4, 4, 64, (600,), (1,), True, seed=0)
+    q, k, v, dout = (x.cuda() for x in case.tensors(torch.bfloat16))
+    expected = oracle.attention_with_gradients(*(x.cpu() for x in (q, k, v, dout)), *case.pattern, case.causal)[2:]
+    for lay_out in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = dilated_attention(*leaves, *case.pattern, causal=True, backend="cudnn")
+        for actual, right in zip(torch.autograd.grad(out, leaves, lay_out(dout)), expected, strict=True):
+            torch.testing.assert_close(actual.double().cpu(), right, atol=6e-2, rtol=6e-2)
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("way", list(transport.Transport))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from longnet_hpc.attention.backend import Backend
-from longnet_hpc.attention.sums import GradientSum, SoftmaxSum
+from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
 from longnet_hpc.attention.views import MAX_PIECES, batches, grid_view
 from longnet_hpc.grids import Grid, limited
 
@@ -36,7 +36,7 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     pairs: Pairs,
-    total: SoftmaxSum,
+    total: SoftmaxCollector,
     *,
     causal: bool,
     scale: float,
@@ -55,7 +55,7 @@ def attend(
         Keys and values, ``(batch, keys, kv_heads, head_dim)``: the same tokens, or compact rows of others.
     pairs : sequence of pair of Grid
         Who sees whom.
-    total : SoftmaxSum
+    total : SoftmaxCollector
         Added to.
     causal : bool
         Whether row i sees keys up to i alone; else it sees all.
@@ -81,9 +81,9 @@ def attend_backward(
     v: torch.Tensor,
     pairs: Pairs,
     output: Output,
-    dq: GradientSum,
-    dk: GradientSum,
-    dv: GradientSum,
+    dq: GradientCollector,
+    dk: GradientCollector,
+    dv: GradientCollector,
     *,
     causal: bool,
     scale: float,

@@ -5,12 +5,73 @@ A grid touches each of its rows once (but for a shared key/value head), so addin
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol
+
 import torch
 
 from longnet_hpc.attention.views import grid_view
 from longnet_hpc.grids import Grid
 
-__all__ = ["GradientSum", "SoftmaxSum", "wide_dtype"]
+__all__ = [
+    "GradientCollector",
+    "GradientSum",
+    "SoftmaxCollector",
+    "SoftmaxSum",
+    "gradient_sum",
+    "softmax_sum",
+    "wide_dtype",
+]
+
+
+class SoftmaxCollector(Protocol):
+    """What merges the softmax of branches: `SoftmaxSum`, or `parts.SoftmaxParts`."""
+
+    def add(self, sequences: slice, grid: Grid, out: torch.Tensor, lse: torch.Tensor, *, first: bool) -> None:
+        """Merge the normalised output of some keys."""
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output and log-sum-exp."""
+
+
+class GradientCollector(Protocol):
+    """What sums gradients of branches: `GradientSum`, or `parts.GradientParts`."""
+
+    def add(self, sequences: slice, grid: Grid, part: torch.Tensor) -> None:
+        """Add a part onto a grid of some sequences."""
+
+    def result(self) -> torch.Tensor:
+        """Return the sum."""
+
+
+def softmax_sum(q: torch.Tensor) -> SoftmaxCollector:
+    """Return what merges branches best where ``q`` lies."""
+    if _in_one_pass(q.device.type, q.dtype):
+        from longnet_hpc.attention.parts import SoftmaxParts
+
+        return SoftmaxParts(q)
+    return SoftmaxSum(q)
+
+
+def gradient_sum(x: torch.Tensor) -> GradientCollector:
+    """Return what sums gradients best where ``x`` lies."""
+    if _in_one_pass(x.device.type, x.dtype):
+        from longnet_hpc.attention.parts import GradientParts
+
+        return GradientParts(x)
+    return GradientSum(x)
+
+
+@cache
+def _in_one_pass(device_type: str, dtype: torch.dtype) -> bool:
+    if device_type != "cuda" or dtype == torch.float64:
+        return False
+    there = find_spec("triton") is not None
+    if not there:
+        logging.getLogger("longnet_hpc").info("sums over branches are made branch by branch: triton is not installed")
+    return there
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
