@@ -1,6 +1,4 @@
-"""Sums over branches by Triton kernels; without a GPU, in Triton's interpreter."""
-
-import os
+"""Sums over branches by Triton kernels; without a GPU, in Triton's interpreter (conftest.py)."""
 
 import oracle
 import pytest
@@ -8,8 +6,6 @@ import torch
 from cases import Case, cases
 from hypothesis import given, settings
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton")
 
 from longnet_hpc import dilated_attention, mixture
