@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -129,6 +131,9 @@ def _tyro(config: Any, words: Sequence[str], *, show: bool, **options: Any) -> A
     try:
         with redirect_stderr(box), nullcontext() if show else redirect_stdout(io.StringIO()):
             return tyro.cli(config, args=words, **options)
+    except BrokenPipeError:  # the reader of the help has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except SystemExit as end:
         if end.code in (0, None):
             raise

@@ -181,26 +181,21 @@ class TrainConfig(ComputeConfig):
     config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
     """TOML file with any of these fields; the command line overrides it."""
     resume: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
-    """Folder of a run to go on with, from its last checkpoint and with its config; any number of ranks. Without a
-    checkpoint it starts at step 0."""
+    """Folder of a run to go on with, from its last checkpoint, or step 0 without one; any number of ranks."""
     folder: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
     """Folder of this run, must not exist. None means runs/ and the time."""
     stop_at: int | None = field(default=None, metadata=THIS_CALL_ONLY)
     """Step after which to save and stop early, for a job with a time limit, in steps; above those done before."""
     corpus: Path | None = None
-    """Corpus file (HDF5, made by prepare). None means the source of Python's standard library, prepared in
-    runs/corpus/, of which one file in twenty is left out for the evaluation. Without a command, a corpus given here is
-    both trained and evaluated on."""
+    """Corpus file made by prepare. None means Python's standard library, less one file in twenty for evaluation."""
     preset: PresetName = "tiny"
-    """Model and optimizer that the fields below start from. On the command line it replaces the config file's model,
-    not what the file says of the optimizer."""
+    """Model and optimizer the fields below start from; replaces a config file's model, not its optimizer."""
     model: LongNetConfig = PRESETS["tiny"]
     """Sizes, attention pattern and positions of the model."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning rate."""
     geometric: tuple[int, int] | None = None
-    """Segment length w of the first attention branch, in tokens, and the ratio by which w and r grow from branch to
-    branch until one segment holds seq_len; replaces segment_lengths and dilation_rates of the model."""
+    """First w (tokens), and the ratio by which w and r grow until w reaches seq_len; replaces the model's pattern."""
     seq_len: int = 8192
     """Length of a sequence over all ranks, in tokens."""
     batch_size: int = 1
@@ -237,8 +232,7 @@ class PrepareConfig:
     config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
     """TOML file with any of these fields; the command line overrides it."""
     sources: Positional[PositionalMetavarFromFieldName[tuple[str, ...]]] = ()
-    """Files, folders, globs, .gz, .xz and .tar archives, or - for standard input. None given means the source of
-    Python's standard library."""
+    """Files, folders, globs, .gz, .xz and .tar archives, - for standard input. None: Python's standard library."""
     output: Path = Path("runs/corpus/corpus.h5")
     """Corpus file to write."""
     tokenizer: str = "bytes"
@@ -269,8 +263,7 @@ class EvalConfig(ComputeConfig):
     max_batches: int | None = None
     """Number of batches that are evaluated, from the start of the corpus. None means all."""
     output: Path | None = None
-    """Folder of the results, replaced if it has any. None means a folder named after corpus and step in the folder of
-    the run, or beside a checkpoint that is in none."""
+    """Folder of the results, replaced if it has any. None means one near the checkpoint, after corpus and step."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "seq_len", "batch_size", "max_batches")

@@ -1,4 +1,6 @@
+import ast
 import io
+import itertools
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from typing import get_args
 import pytest
 from launching import environment, run_python
 
-from longnet_hpc import __version__
+from longnet_hpc import __version__, config
 from longnet_hpc.command_line import parse
 from longnet_hpc.config import (
     OPTIMIZERS,
@@ -309,6 +311,25 @@ def test_help_explains_every_field(command, capsys):
     names += [f"model.{f.name}" for f in fields(LongNetConfig)] if kind is TrainConfig else []
     for name in names:
         assert name.replace("_", "-") in shown.replace("SOURCES", "sources"), name
+
+
+def test_help_of_a_field_is_one_line_that_the_terminal_wraps():
+    """Tyro keeps the line breaks of a field's docstring."""
+    classes = [node for node in ast.parse(Path(config.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    explained = [
+        after.value.value
+        for kind in classes
+        for before, after in itertools.pairwise(kind.body)
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr)
+    ]
+    assert len(explained) > 50
+    assert [text for text in explained if "\n" in text] == []
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_error(tmp_path):
+    words = f"{sys.executable} -m longnet_hpc train --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("help_first", [True, False])
