@@ -48,7 +48,7 @@ def main():
         for _, exchange in plan.exchanges(options.heads, options.heads, causal=False):
             barrier(launch.comm)
             there = exchange.start(k, v)
-            rows = exchange.finish(there, k)
+            rows = exchange.unpack(exchange.finish(there, k))
             barrier(launch.comm)
             back = exchange.start_adjoint(rows, k)
             exchange.finish_adjoint(back, k, GradientSum(k), GradientSum(v))

@@ -58,11 +58,17 @@ class SpanExchange:
                 block[:, :, part].copy_(grid_view(x, grid).squeeze(1).permute(2, 1, 0, 3))
         return self._gather.start(send.flatten(1))
 
-    def finish(self, pending: Pending, k: torch.Tensor) -> Rows:
-        """Wait for `start`; return the rows of all sources in rank order, by head offset, as views."""
-        layout = self.layout
-        parts: dict[int, list[torch.Tensor]] = {offset: [] for offset in layout.needed}
-        received = pending.finish().unflatten(1, (2, k.shape[0], k.shape[3]))
+    def received_shape(self, k: torch.Tensor) -> tuple[int, int, int, int]:
+        """Return the shape of what `finish` returns: ``(rows, 2, batch, head_dim)``."""
+        return sum(self.layout.recv_counts), 2, k.shape[0], k.shape[3]
+
+    def finish(self, pending: Pending, k: torch.Tensor) -> torch.Tensor:
+        """Wait for `start`; return what was received, source by source."""
+        return pending.finish().view(self.received_shape(k))
+
+    def unpack(self, received: torch.Tensor) -> Rows:
+        """Return the rows of all sources in rank order, by head offset."""
+        parts: dict[int, list[torch.Tensor]] = {offset: [] for offset in self.layout.needed}
         for offset, block in self._received(received):
             parts[offset].append(block)
         rows = {offset: torch.cat(blocks) for offset, blocks in parts.items() if blocks}
@@ -72,11 +78,11 @@ class SpanExchange:
         }
 
     def start_adjoint(self, row_grads: Rows, k: torch.Tensor) -> Pending:
-        """Start sending the gradients of received rows, shaped as `finish` gave them, back to their owners. Collective.
+        """Start sending the gradients of received rows, shaped as `unpack` gave them, back to their owners. Collective.
 
         They travel in the dtype of ``k``: each is the result of one kernel, and their sum is made in float32 or wider.
         """
-        send = k.new_empty((sum(self.layout.recv_counts), 2, k.shape[0], k.shape[3]))
+        send = k.new_empty(self.received_shape(k))
         position = dict.fromkeys(row_grads, 0)
         for offset, block in self._received(send):
             rows = slice(position[offset], position[offset] + len(block))

@@ -2,18 +2,20 @@
 
 Forward: start the exchanges of spanning segments, compute every piece against the keys of its own slice meanwhile, then
 let the queries of spanning pieces see the rows that arrived. Backward: the same in reverse, with the merged statistics.
+Both are operators of torch's library, so that `torch.compile` takes them into its graphs as they are.
 """
 
 from __future__ import annotations
 
+import weakref
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.attention.branch import Output, attend, attend_backward
-from longnet_hpc.attention.sums import gradient_sum, softmax_sum
+from longnet_hpc.attention.sums import gradient_sum, softmax_sum, wide_dtype
 from longnet_hpc.exchange import Rows
 from longnet_hpc.grids import piece_grids, row_grids
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from longnet_hpc.comm.buffers import Pending
     from longnet_hpc.sequence_plan import SequencePlan
 
-__all__ = ["mixture"]
+__all__ = ["handle_of", "mixture"]
 
 
 def mixture(
@@ -48,97 +50,136 @@ def mixture(
         ``(batch, local_len, heads, head_dim)``, differentiable once, and ``(batch, local_len, heads)``, which is not.
         Collective over the ranks of the plan, forward and backward.
     """
-    out, lse = _Mixture.apply(q, k, v, plan, causal, scale)
-    return out, lse
+    out, lse, _ = _forward(q, k, v, plan.handle, causal, scale)
+    return out, lse.detach()
 
 
-class _Mixture(torch.autograd.Function):
-    """Forward and backward of the mixture; nothing per branch is saved but the rows that came from other ranks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SequencePlan, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
-        with torch.autocast(q.device.type, enabled=False):
-            return _Mixture._forward(ctx, q, k, v, plan, causal, scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *out_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        with torch.autocast(out_grads[0].device.type, enabled=False):
-            return (*_Mixture._backward(ctx, out_grads[0]), None, None, None)
-
-    @staticmethod
-    def _forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SequencePlan, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
+@torch.library.custom_op("longnet_hpc::mixture", mutates_args=())
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return output, log-sum-exp, and what came from other ranks, exchange by exchange."""
+    its_plan = plan_of(plan)
+    # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
+    with torch.autocast(q.device.type, enabled=False):
+        backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
-        exchanges = plan.exchanges(heads, kv_heads, causal=causal)
+        exchanges = its_plan.exchanges(heads, kv_heads, causal=causal)
         flights = [exchange.start(k, v) for _, exchange in exchanges]
-        plan.bytes_received += sum(flight.bytes_received for flight in flights)
+        its_plan.bytes_received += sum(flight.bytes_received for flight in flights)
         progress = _driving(flights)
 
         total = softmax_sum(q)
-        for index, branch, run in plan.pieces:
+        for index, branch, run in its_plan.pieces:
             pairs = piece_grids(branch, run, heads, kv_heads)
             attend(backend, q, k, v, pairs, total, causal=causal, scale=scale, first=index == 0, progress=progress)
-        arrived: list[Rows] = []
+        received = []
         for (branch, exchange), flight in zip(exchanges, flights, strict=True):
-            arrived.append(exchange.finish(flight, k))
-            for offset, rows in arrived[-1].items():
+            received.append(exchange.finish(flight, k))
+            for offset, rows in exchange.unpack(received[-1]).items():
                 pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
                 attend(backend, q, *rows, pairs, total, causal=False, scale=scale, first=False, progress=progress)
-        plan.count_seconds(flights)
-
+        its_plan.count_seconds(flights)
         out, lse = total.result()
-        ctx.plan, ctx.backend, ctx.causal, ctx.scale = plan, backend, causal, scale
-        ctx.row_offsets = [tuple(rows) for rows in arrived]
-        ctx.save_for_backward(q, k, v, out, lse, *(t for rows in arrived for pair in rows.values() for t in pair))
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+    return out, lse, received
 
-    @staticmethod
-    def _backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v, out, lse, *row_tensors = ctx.saved_tensors
-        plan: SequencePlan = ctx.plan
+
+@torch.library.custom_op("longnet_hpc::mixture_backward", mutates_args=())
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    received: list[torch.Tensor],
+    plan: int,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of queries, keys and values (adjoint of `_forward`, with merged statistics)."""
+    its_plan = plan_of(plan)
+    with torch.autocast(q.device.type, enabled=False):
+        backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
+        q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
         output = Output(_laid_out(dout), out, lse)
         dq, dk, dv = gradient_sum(q), gradient_sum(k), gradient_sum(v)
-        exchanges = plan.exchanges(heads, kv_heads, causal=ctx.causal)
+        exchanges = its_plan.exchanges(heads, kv_heads, causal=causal)
         flights: list[Pending] = []
         progress = _driving(flights)
-        tensors = iter(row_tensors)
-        for (branch, exchange), offsets in zip(exchanges, ctx.row_offsets, strict=True):
+        for (branch, exchange), its_received in zip(exchanges, received, strict=True):
             row_grads: Rows = {}
-            for offset in offsets:
-                rows = next(tensors), next(tensors)
+            for offset, rows in exchange.unpack(its_received).items():
                 pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
                 sums = gradient_sum(rows[0]), gradient_sum(rows[1])
                 attend_backward(
-                    *(ctx.backend, q, *rows, pairs, output, dq, *sums),
-                    causal=False,
-                    scale=ctx.scale,
-                    progress=progress,
+                    *(backend, q, *rows, pairs, output, dq, *sums), causal=False, scale=scale, progress=progress
                 )
                 row_grads[offset] = sums[0].result(), sums[1].result()
             flights.append(exchange.start_adjoint(row_grads, k))
-        plan.bytes_received += sum(flight.bytes_received for flight in flights)
+        its_plan.bytes_received += sum(flight.bytes_received for flight in flights)
 
-        for _, branch, run in plan.pieces:
+        for _, branch, run in its_plan.pieces:
             pairs = piece_grids(branch, run, heads, kv_heads)
             attend_backward(
-                *(ctx.backend, q, k, v, pairs, output, dq, dk, dv),
-                causal=ctx.causal,
-                scale=ctx.scale,
-                progress=progress,
+                *(backend, q, k, v, pairs, output, dq, dk, dv), causal=causal, scale=scale, progress=progress
             )
         for (_, exchange), flight in zip(exchanges, flights, strict=True):
             exchange.finish_adjoint(flight, k, dk, dv)
-        plan.count_seconds(flights)
+        its_plan.count_seconds(flights)
         return dq.result(), dk.result(), dv.result()
+
+
+@_forward.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    # Numbers of heads are part of the geometry, so a graph of any shape is made for these.
+    exchanges = plan_of(plan).exchanges(int(q.shape[2]), int(k.shape[2]), causal=causal)
+    received = [k.new_empty(exchange.received_shape(k)) for _, exchange in exchanges]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype)), received
+
+
+@_backward.register_fake
+def _(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """Save what the backward pass needs: nothing per branch but the rows that came from other ranks."""
+    q, k, v, ctx.handle, ctx.causal, ctx.scale = inputs
+    out, lse, received = output
+    ctx.plan = plan_of(ctx.handle)  # which keeps it, and its communicators, until then
+    ctx.save_for_backward(q, k, v, out, lse, *received)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor, *others: Any) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, out, lse, *received = ctx.saved_tensors
+    grads = _backward(dout, q, k, v, out, lse, received, ctx.handle, ctx.causal, ctx.scale)
+    return (*grads, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+_plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()
+_handles = count()
+
+
+def handle_of(plan: SequencePlan) -> int:
+    """Return a number for a new plan: operators take numbers and tensors, so that graphs can hold them."""
+    handle = next(_handles)
+    _plans[handle] = plan
+    return handle
+
+
+def plan_of(handle: int) -> SequencePlan:
+    """Return the plan of a handle; it must still be in use."""
+    return _plans[handle]
 
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:

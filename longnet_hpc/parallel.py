@@ -75,6 +75,11 @@ def dilated_attention(
         anything else that must be alike (whether a gradient is wanted, too). All ranks raise it.
     BackendError
         If a forced backend cannot compute this.
+
+    Notes
+    -----
+    `torch.compile` takes attention into a graph as one operator, but not the agreement with other ranks, nor the making
+    of a plan: there, and wherever the ranks are known to agree, make a `SequencePlan` once and call its `attention`.
     """
     error: LongNetError | None = None
     pattern: Pattern | None = None

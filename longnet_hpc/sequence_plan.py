@@ -16,7 +16,7 @@ from longnet_hpc.comm import agree_on, allgather_objects, groups_of, rank_and_si
 from longnet_hpc.comm.transport import decide_transport, is_decided
 from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.exchange import SpanExchange
-from longnet_hpc.mixture import mixture
+from longnet_hpc.mixture import handle_of, mixture
 from longnet_hpc.partition import Partition, Run, SpanLayout, rank_groups
 from longnet_hpc.pattern import Branch, Pattern
 
@@ -41,6 +41,8 @@ class SequencePlan:
         This rank.
     backend : str
         Name of the attention backend, or ``auto``.
+    handle : int
+        Number of this plan, by which operators know it.
     rank_groups : tuple of tuple of int
         The groups of ranks that share a spanning segment.
     bytes_received : int
@@ -59,6 +61,7 @@ class SequencePlan:
         self.bytes_received = 0
         self.seconds_tested = 0.0
         self.seconds_waited = 0.0
+        self.handle = handle_of(self)
         self._comm = comm
         self._exchanges: dict[tuple[int, int, bool], tuple[tuple[Branch, SpanExchange], ...]] = {}
         self.rank_groups: tuple[tuple[int, ...], ...] = ()

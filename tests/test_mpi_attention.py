@@ -197,7 +197,7 @@ def test_gradients_of_many_ranks_are_summed_in_float32(comm):
     plan = SequencePlan.build(Pattern.from_lists([2 * comm.size], [1]), 2, comm=comm)
     k = v = torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16)
     ((_, exchange),) = plan.exchanges(1, 1, causal=False)
-    rows = exchange.finish(exchange.start(k, v), k)
+    rows = exchange.unpack(exchange.finish(exchange.start(k, v), k))
     part = {0: 0.0, 1: 256.0}.get(comm.rank, 1.0)
     grads = {offset: tuple(torch.full_like(x, part) for x in pair) for offset, pair in rows.items()}
     sums = GradientSum(k), GradientSum(v)
@@ -228,7 +228,7 @@ def test_exchange_adjoint_satisfies_the_inner_product_identity(comm):
         sums = GradientSum(k), GradientSum(v)
         left = 0.0
         for _, exchange in plan.exchanges(case.heads, case.kv_heads, causal=case.causal):
-            rows = exchange.finish(exchange.start(k, v), k)
+            rows = exchange.unpack(exchange.finish(exchange.start(k, v), k))
             grads = {offset: tuple(map(torch.randn_like, pair)) for offset, pair in rows.items()}
             left += sum((a * b).sum().item() for key in rows for a, b in zip(rows[key], grads[key], strict=True))
             exchange.finish_adjoint(exchange.start_adjoint(grads, k), k, *sums)
@@ -238,3 +238,14 @@ def test_exchange_adjoint_satisfies_the_inner_product_identity(comm):
         assert abs(left - right) <= 1e-11 * (1 + abs(left))
 
     check()
+
+
+def test_attention_over_ranks_is_one_graph(comm):
+    plan = SequencePlan.build(Pattern.from_lists([8, 16 * comm.size], [1, 3]), 16, comm=comm)
+    inputs = [torch.randn(1, 16, 4, 8, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(lambda q, k, v: plan.attention(q, k, v, causal=True), fullgraph=True, backend="aot_eager")
+    results = []
+    for form in (lambda *x: plan.attention(*x, causal=True), compiled):
+        out = form(*inputs)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), inputs)))
+    assert_all_close(comm, zip(*results, strict=True), 0.0)

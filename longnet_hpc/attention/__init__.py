@@ -40,7 +40,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     """
     if name == "auto":
         chosen = next(backend for backend in BACKENDS.values() if backend.supports(device, dtype, head_dim))
-        _say_once(chosen.name, device.type, dtype, head_dim)
+        if not torch.compiler.is_compiling():  # the log is no part of a graph
+            _say_once(chosen.name, device.type, dtype, head_dim)
         return chosen
     if name not in BACKENDS:
         raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
