@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 FORMAT = "longnet_hpc checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FOLDER = "checkpoints"
 """Folder of the checkpoints within the folder of a run."""
 
@@ -146,7 +146,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
     def write(partial: Path) -> None:
         try:
-            save_file(tensors, partial, {"longnet_hpc": json.dumps(about)})
+            text = json.dumps(about)
+            save_file(tensors, partial, {"longnet_hpc": text, "checksum": xxhash.xxh3_64_hexdigest(text.encode())})
         except SafetensorError as error:  # its way of passing on a full disk
             raise OSError(f"cannot write checkpoint {path}: {error}") from error
 
@@ -183,9 +184,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("longnet_hpc", "{}"))
-            if about.get("format") != FORMAT or about.get("format_version") != FORMAT_VERSION:
-                raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION}")
+            about = _about(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {_first_line(error)}") from error
@@ -196,6 +195,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {name} does not fit")
     order = DataOrder(**about["order"])
     return Checkpoint(about["step"], about["batch_index"], order, about["model"], tensors)
+
+
+def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, having verified it."""
+    text = metadata.get("longnet_hpc", "null")
+    about = json.loads(text)
+    if not isinstance(about, dict) or (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION}")
+    if metadata.get("checksum") != xxhash.xxh3_64_hexdigest(text.encode()):
+        raise CheckpointError(f"checkpoint {path} is damaged: the checksum of its description does not fit")
+    return about
 
 
 def remove_old(folder: Path, keep: int) -> None:

@@ -34,6 +34,7 @@ the training left out (or, with --corpus, on that same corpus), and say where th
     {_PROGRAM} eval: measure a trained model
 
 Each explains its options with --help; --version tells the version. The main job has the options of train:"""
+_PATTERN_LISTS = ("--model.segment-lengths", "--model.dilation-rates")
 _GOING_ON = {"train": "--resume", "eval": "--checkpoint"}
 """The option by which a command takes the folder of a run."""
 
@@ -90,6 +91,12 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
         description=_MAIN_HELP if command == "main" else None,
         show=console and asks_help,
     )
+    lists = {word.partition("=")[0].replace("_", "-") for word in rest} & set(_PATTERN_LISTS)
+    if lists and getattr(config, "geometric", None) is not None:
+        raise ConfigError(
+            f"geometric makes the pattern, so {min(lists)} has no say; give one of both, "
+            "or --geometric None against that of a config file"
+        )
     return command, config
 
 
@@ -117,7 +124,7 @@ def _start_from(base: _Base, default: Any) -> Any:
     if preset is None:
         preset = from_table({key: table[key] for key in ("preset",) if key in table}, default).preset
     else:
-        table = {key: value for key, value in table.items() if key not in ("model", "preset")}
+        table = {key: value for key, value in table.items() if key not in ("model", "preset", "geometric")}
     model, optimizer = LongNetConfig.preset(preset), OPTIMIZERS[preset]
     return from_table(table, replace(default, preset=preset, model=model, optimizer=optimizer))
 

@@ -7,14 +7,14 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from longnet_hpc.errors import ConfigError
 
-__all__ = ["CONFIG_NAME", "from_table", "read_toml", "to_table", "write_toml"]
+__all__ = ["CONFIG_NAME", "flat_table", "from_table", "read_toml", "to_table", "write_toml"]
 
 CONFIG_NAME = "config.toml"
 """Name of the resolved config in the folder of a run."""
@@ -80,6 +80,19 @@ def to_table(config: Any) -> dict[str, Any]:
     assert not isinstance(config, type)
     values = {field.name: getattr(config, field.name) for field in fields(config) if _in_files(field)}
     return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def flat_table(config: Any) -> dict[str, Any]:
+    """Return what `to_table` does, with keys as on the command line: ``model.layers``."""
+
+    def flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(flat(to_table(config), ""))
 
 
 def write_toml(path: Path, config: Any, heading: str) -> None:

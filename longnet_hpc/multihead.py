@@ -201,6 +201,8 @@ class DilatedAttention(nn.MultiheadAttention):
     ) -> bool:
         """Return whether to be causal; raise if something cannot be honoured."""
         inputs = (query, key, value)
+        if not all(isinstance(x, torch.Tensor) for x in inputs):
+            raise ShapeError(f"query, key and value must be tensors, got {', '.join(type(x).__name__ for x in inputs)}")
         if any(x.is_nested for x in inputs):
             raise ShapeError("nested tensors are not supported: sequences must be of one length")
         if query.dim() not in (2, 3) or any(x.shape[:-1] != query.shape[:-1] for x in inputs):

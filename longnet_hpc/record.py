@@ -7,6 +7,7 @@ A record says what ran, where, how, and what came out, in SI units named in the 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -123,14 +124,24 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     ValueError
         If a number is not finite, for which JSON has no word; nothing is then written.
     """
-    line = json.dumps(record, allow_nan=False) + "\n"
-    with path.open("a", encoding="utf-8") as stream:
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":  # a job was killed while it wrote
+                line = b"\n" + line
         stream.write(line)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file of one a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """Return the JSON objects of a file of one a line; a line that was cut off is passed over, with a warning."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            records += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            logging.getLogger("longnet_hpc").warning("%s: line %d is no record and passed over", path, number)
+    return records
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:

@@ -56,14 +56,13 @@ def main(words: Sequence[str] | None = None) -> int:
     from longnet_hpc.comm import agree
     from longnet_hpc.comm.launch import start
     from longnet_hpc.comm.meeting import Meeting
-    from longnet_hpc.errors import LaunchError
 
     try:
         if isinstance(config, (TrainConfig, EvalConfig)):
             launch = start(device=config.device, transport=config.transport)
         else:
             launch = start(device="cpu")
-    except LaunchError as error:
+    except LongNetError as error:
         if environment_rank() == 0:
             return _tell(error)
         time.sleep(2)  # some launchers end all ranks at the first exit code but 0, and rank 0 has a line to say

@@ -1,10 +1,9 @@
-"""Training: one loss over the global sequence, gradients summed over ranks, the same update on every rank."""
+"""A run of training: its folder, metrics, checkpoints, record and picture."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -14,32 +13,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-
 from longnet_hpc.checkpoint import (
     Checkpoint,
-    DataOrder,
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     remove_old,
     save_checkpoint,
 )
-from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects, broadcast_object
+from longnet_hpc.comm import agree_on, agreed, broadcast_object
 from longnet_hpc.comm.launch import Launch
-from longnet_hpc.compute import Compute
 from longnet_hpc.config import TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
-from longnet_hpc.data import Corpus, SequenceReader
-from longnet_hpc.errors import ConfigError
+from longnet_hpc.data import Corpus
+from longnet_hpc.errors import ConfigError, LongNetError
 from longnet_hpc.files import naming_errors, replace_file
-from longnet_hpc.model import LongNet
-from longnet_hpc.optimizer import Optimizer, learning_rate
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, read_metrics, where
+from longnet_hpc.trainer import Trainer
 
-__all__ = ["METRICS_NAME", "PICTURE_NAME", "RECORD_NAME", "RUNS", "TrainResult", "Trainer", "train"]
+__all__ = ["METRICS_NAME", "PICTURE_NAME", "RECORD_NAME", "RUNS", "TrainResult", "train"]
 
 RUNS = Path("runs")
 """Folder of runs without a folder of their own choice."""
@@ -69,140 +62,6 @@ class TrainResult:
     """Most bytes that any rank received for one layer, forward and backward of one batch."""
     parameter_count: int
     """Parameters of the model."""
-
-
-class Trainer:
-    """Model, optimizer, reader and slices of one rank; `step` is collective, making one is not.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        What to train, and how.
-    launch : Launch
-        This rank.
-    corpus : Corpus
-        What to train on.
-    checkpoint : Checkpoint, optional
-        Where to go on.
-
-    Raises
-    ------
-    LongNetError
-        If config, corpus, checkpoint and number of ranks do not fit together.
-    """
-
-    def __init__(
-        self, config: TrainConfig, launch: Launch, corpus: Corpus, checkpoint: Checkpoint | None = None
-    ) -> None:
-        self.config, self.launch = config, launch
-        self.compute = Compute(config, launch, config.model, config.seq_len)
-        self.compute.check_vocabulary(corpus.vocab_size, f"; use --model.vocab-size {corpus.vocab_size}")
-        reading = {key: getattr(config, key) for key in ("seq_len", "batch_size", "seed", "shuffle")}
-        self.order = DataOrder.of(corpus, **reading)
-        torch.manual_seed(config.seed)
-        self.model = LongNet(config.model).to(self.compute.device)
-        self.model.activation_checkpointing = config.activation_checkpointing
-        self.optimizer = Optimizer(self.model, config.optimizer)
-        self.steps_done = 0
-        if checkpoint is not None:
-            checkpoint.check_fits(config.model, self.order)
-            self.optimizer.load_state(checkpoint.tensors, checkpoint.step)
-            self.steps_done = checkpoint.step
-        self.reader = SequenceReader(
-            corpus,
-            slice_of=self.compute.slice_of,
-            start_batch=checkpoint.batch_index if checkpoint else 0,
-            **reading,
-        )
-
-    def check_data(self) -> None:
-        """Read this rank's slices of the next step once more than needed, to find damage before anything is written.
-
-        Raises
-        ------
-        CorpusError
-            If one cannot be read, on this rank alone.
-        """
-        for ahead in range(self.config.accumulation):
-            self.reader.window(self.reader.batch_index + ahead)
-
-    @property
-    def last_step(self) -> int:
-        """The step at which this call ends."""
-        return min(self.config.steps, self.config.stop_at or self.config.steps)
-
-    def step(self) -> dict[str, Any]:
-        """Do one step and return its line of metrics, the same on all ranks. Collective.
-
-        Raises
-        ------
-        CorpusError
-            If a rank cannot read its slice.
-        ConfigError
-            If loss or gradient are not finite; nothing is then updated.
-        """
-        config, comm = self.config, self.launch.comm
-        begin = time.perf_counter()
-        plan = self.compute.plan()
-        received_before = plan.bytes_received
-        tokens = config.seq_len * config.batch_size * config.accumulation
-        loss = torch.zeros((), dtype=torch.float64, device=self.compute.device)
-        for _ in range(config.accumulation):
-            dropout_seed = config.seed + self.reader.batch_index
-            with agreed(comm):
-                inputs, targets = (part.to(self.compute.device) for part in next(self.reader))
-            with self.compute.autocast():
-                summed = self.model.loss(inputs, targets, plan, dropout_seed=dropout_seed)
-            (summed / tokens).backward()
-            loss += summed.detach()
-        global_loss = float(all_reduce_sum(comm, loss)) / tokens
-        gradient = all_reduce_sum(comm, self.optimizer.flat_gradient())
-        rate = learning_rate(self.steps_done, config.steps, config.optimizer)
-        norm = self.optimizer.step(gradient, rate) if math.isfinite(global_loss) else math.nan
-        if not math.isfinite(norm):
-            raise ConfigError(
-                f"training diverged in step {self.steps_done + 1}: loss {global_loss:.4g}, gradient norm {norm:.4g}; "
-                f"lower optimizer.learning_rate ({config.optimizer.learning_rate})"
-            )
-        self.steps_done += 1
-        seconds = time.perf_counter() - begin
-        answers = allgather_objects(
-            comm, (plan.bytes_received - received_before, self.compute.peak_memory_bytes(), seconds)
-        )
-        received, memory, slowest = (max(values) for values in zip(*answers, strict=True))
-        return {
-            "step": self.steps_done,
-            "loss": global_loss,
-            "bits_per_token": global_loss / math.log(2),
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "seconds": slowest,
-            "tokens_per_second": tokens / slowest,
-            "bytes_received": received,
-            "bytes_received_per_layer": received // (config.model.layers * config.accumulation),
-            "peak_memory_bytes": memory,
-        }
-
-    def checkpoint(self) -> Checkpoint:
-        """Return the state to go on from; the same on all ranks."""
-        return Checkpoint(
-            self.steps_done,
-            self.reader.batch_index,
-            self.order,
-            to_table(self.config.model),
-            self.optimizer.state(),
-        )
-
-    def same_on_all_ranks(self) -> bool:
-        """Return whether all ranks hold the same weights, bit for bit. Collective."""
-        digest = xxhash.xxh3_64()
-        for parameter in self.model.parameters():
-            digest.update(parameter.detach().cpu().contiguous().numpy().data)
-        return len(set(allgather_objects(self.launch.comm, digest.hexdigest()))) == 1
-
-    def close(self) -> None:
-        """End the reader's background thread."""
-        self.reader.close()
 
 
 def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult:
@@ -248,6 +107,8 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
     with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
         if launch.rank == 0:
             _finish(config, launch, result, lines, new_lines, same)
+    if not same:
+        raise RuntimeError("the ranks hold different weights, so what was trained is of no use")
     return result
 
 
@@ -256,20 +117,21 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
     """Open the corpus and make the trainer on every rank, or on none."""
     corpus: Corpus | None = None
     trainer: Trainer | None = None
+    facts: dict[str, object] = {}
+    error: Exception | None = None
     try:
-        with agreed(launch.comm):
+        try:
             if config.resume is None and folder.exists():
                 raise ConfigError(f"folder {folder} exists; go on with --resume {folder}, or choose another --folder")
             checkpoint = _checkpoint_to_resume(folder) if config.resume else None
             corpus = Corpus(corpus_path)
             trainer = Trainer(config, launch, corpus, checkpoint)
-            if trainer.steps_done >= config.steps:
-                raise ConfigError(f"training has done {trainer.steps_done} of {config.steps} steps; raise --steps")
-            if config.stop_at is not None and trainer.steps_done >= config.stop_at:
-                raise ConfigError(
-                    f"training has done {trainer.steps_done} steps, stop_at must be above that, got {config.stop_at}"
-                )
+            trainer.check_steps()
             trainer.check_data()
+            facts = trainer.facts()
+        except (LongNetError, OSError) as caught:
+            error = caught
+        agree_on(launch.comm, facts, None, error)
         assert trainer is not None
         yield trainer
     finally:

@@ -211,7 +211,7 @@ FAILING = """
 import sys
 from longnet_hpc.launcher import environment_rank
 from longnet_hpc.run import main
-from longnet_hpc.train import Trainer
+from longnet_hpc.trainer import Trainer
 
 whole_step = Trainer.step
 

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from longnet_hpc import LongNet, LongNetConfig, checkpoint
 from longnet_hpc.checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
     Checkpoint,
     DataOrder,
     find_checkpoint,
@@ -163,6 +165,25 @@ def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
         load_checkpoint(path)
 
 
+def test_checkpoint_with_a_damaged_description_is_refused(tmp_path):
+    path = saved(tmp_path)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for position in range(8, header, 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION})])
+def test_checkpoint_with_a_foreign_description_is_refused(tmp_path, text):
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign", {"longnet_hpc": text})
+    with pytest.raises(CheckpointError, match="is no checkpoint of|is damaged"):
+        load_checkpoint(tmp_path / "foreign")
+
+
 def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path):
     path = saved(tmp_path)
     tensors = load_file(path)
@@ -177,7 +198,7 @@ def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path):
 @pytest.mark.parametrize("about", [None, {"longnet_hpc": json.dumps({"format": "longnet_hpc checkpoint"})}])
 def test_foreign_or_wrong_version_safetensors_is_refused(tmp_path, about):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign", about)
-    with pytest.raises(CheckpointError, match="is no checkpoint of format version 2"):
+    with pytest.raises(CheckpointError, match="is no checkpoint of format version 3"):
         load_checkpoint(tmp_path / "foreign")
 
 

@@ -208,6 +208,14 @@ def test_geometric_pattern_reaches_the_sequence_wherever_its_length_is_set(tmp_p
     assert again.model.segment_lengths == (1024, 4096, 16384)
     with pytest.raises(ConfigError, match="at least 2|ratio >= 2"):
         parsed("--geometric", "1024", "1")
+    _, preset = parsed("--config", str(tmp_path / "c.toml"), "--preset", "125m")
+    assert preset.model.segment_lengths == LongNetConfig().segment_lengths
+    lists = ("--model.segment-lengths", "64", "--model.dilation-rates", "1")
+    for words in (("--geometric", "1024", "4"), ("--config", str(tmp_path / "c.toml"))):
+        with pytest.raises(ConfigError, match="--model.dilation-rates has no say; give one of both"):
+            parsed(*words, *lists)
+    _, listed = parsed("--config", str(tmp_path / "c.toml"), "--geometric", "None", *lists)
+    assert listed.model.segment_lengths == (64,)
 
 
 def test_saved_config_can_be_passed_back(tmp_path):

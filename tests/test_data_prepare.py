@@ -143,6 +143,22 @@ def test_failure_while_publishing_leaves_nothing(tmp_path, monkeypatch, size, ov
     assert names_in(target.parent) == []
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_file_system_without_hard_links_is_no_obstacle(tmp_path, monkeypatch, size):
+    def refuse_link(self, to):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse_link)
+    (tmp_path / "text").write_bytes(b"x" * 5000)
+    target = tmp_path / "out" / "corpus.h5"
+    sources = [tmp_path / "text"] * 2
+    assert on_threads(size, lambda comm: prepare(sources, target, comm=comm)) == [target] * size
+    with Corpus(target) as corpus:
+        assert corpus.read(0, corpus.num_tokens).tobytes() == b"x" * 10000
+    results = on_threads(size, lambda comm: prepare(sources, target, comm=comm))
+    assert {str(result) for result in results} == {f"{target} exists and is not overwritten without --overwrite"}
+
+
 def test_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "text").write_bytes(random_bytes(3_000_000, 1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

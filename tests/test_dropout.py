@@ -9,7 +9,8 @@ from longnet_hpc.data import Corpus, prepare
 from longnet_hpc.dropout import position_dropout
 from longnet_hpc.evaluate import evaluate
 from longnet_hpc.optimizer import load_weights
-from longnet_hpc.train import Trainer, train
+from longnet_hpc.train import train
+from longnet_hpc.trainer import Trainer
 
 MASK = (1 << 64) - 1
 

@@ -159,7 +159,6 @@ def test_communicators_of_dropped_plans_are_freed_once_no_rank_needs_them(comm, 
     monkeypatch.setattr(sequence_plan, "MAX_PLANS", 2)
     private = comm.Dup()
     pattern = Pattern.from_lists([6], [1])
-    half = comm.size // 2
 
     def plan_of(number):
         """A plan whose one spanning segment is shared by the first ``number`` ranks."""
@@ -167,15 +166,17 @@ def test_communicators_of_dropped_plans_are_freed_once_no_rank_needs_them(comm, 
         return SequencePlan.build(pattern, lengths[comm.rank], comm=private)
 
     x = torch.randn(1, plan_of(comm.size).local_len, 2, 4, requires_grad=True)
-    out = plan_of(comm.size).attention(x, x, x, causal=True) if comm.rank == 0 or half else None
+    out = plan_of(comm.size).attention(x, x, x, causal=True)
+    if comm.rank:
+        del out
     groups = groups_of(private)
     assert tuple(range(comm.size)) in groups._known
     for _ in range(3):
         for length in range(20, 24):  # local segments alone: nothing to exchange
             SequencePlan.build(pattern, 6 * length, comm=private)
-    assert tuple(range(comm.size)) in groups._known  # the backward pass to come needs it
-    out.sum().backward()
-    del out
+    assert tuple(range(comm.size)) in groups._known  # on all ranks, since a backward pass to come may need it on one
+    if comm.rank == 0:
+        del out
     for length in range(30, 34):
         SequencePlan.build(pattern, 6 * length, comm=private)
     assert not groups._known

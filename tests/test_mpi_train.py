@@ -5,10 +5,12 @@ import torch
 
 from longnet_hpc import LongNetConfig
 from longnet_hpc.comm.launch import Launch
-from longnet_hpc.config import OptimizerConfig, TrainConfig
+from longnet_hpc.config import EvalConfig, OptimizerConfig, TrainConfig
 from longnet_hpc.data import Corpus, prepare
-from longnet_hpc.errors import CorpusError, PartitionError
-from longnet_hpc.train import Trainer
+from longnet_hpc.errors import CorpusError, PartitionError, ShapeError
+from longnet_hpc.evaluate import evaluate
+from longnet_hpc.train import train
+from longnet_hpc.trainer import Trainer
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -123,3 +125,33 @@ def test_reader_that_fails_on_one_rank_fails_on_all(comm, corpus, monkeypatch):
 def test_more_ranks_than_tokens_are_refused(comm, corpus):
     with pytest.raises(PartitionError, match=f"1 tokens cannot be cut over {comm.size} ranks"):
         Trainer(config(seq_len=1), launch_of(comm), corpus)
+
+
+def test_ranks_that_would_train_differently_are_refused_before_anything_is_written(comm, corpus, shared_tmp_path):
+    own = shared_tmp_path / f"corpus-{comm.rank}.h5"
+    text = shared_tmp_path / f"text-{comm.rank}.txt"
+    text.write_text(f"rank {comm.rank} has a text of its own. " * 200)
+    prepare([text], own)
+    folder = shared_tmp_path / "run"
+    for changes, path, words in (
+        ({"seed": comm.rank}, corpus.path, "disagrees with rank 0: seed 1 is not 0"),
+        ({"steps": 20 + comm.rank}, corpus.path, "disagrees with rank 0: steps 21 is not 20"),
+        ({"stop_at": 3 if comm.rank == 1 else None}, corpus.path, "disagrees with rank 0: last step 3 is not 20"),
+        ({}, own, "disagrees with rank 0: corpus_hash of the batches"),
+    ):
+        with pytest.raises(ShapeError, match=words):
+            train(config(folder=folder, **changes), launch_of(comm), path)
+        assert not folder.exists()
+
+
+def test_ranks_that_would_evaluate_differently_are_refused(comm, corpus, shared_tmp_path):
+    folder = shared_tmp_path / "run"
+    train(config(folder=folder, steps=1), launch_of(comm), corpus.path)
+    with pytest.raises(ShapeError, match="disagrees with rank 0: max_batches 2 is not 1"):
+        evaluate(EvalConfig(max_batches=1 + (comm.rank == 1)), launch_of(comm), folder, corpus.path)
+
+
+def test_training_whose_ranks_hold_different_weights_is_a_failure(comm, corpus, shared_tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "same_on_all_ranks", lambda self: False)
+    with pytest.raises(RuntimeError, match="different weights"):
+        train(config(folder=shared_tmp_path / "run", steps=1), launch_of(comm), corpus.path)

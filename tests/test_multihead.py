@@ -211,3 +211,10 @@ def test_bad_argument_on_one_rank_raises_on_all(comm):
     module, x = DilatedAttention(24, 4, comm=comm), torch.zeros(1, 9, 24)
     with pytest.raises(ConfigError, match="need_weights"):
         module(x, x, x, need_weights=comm.rank == 1)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_input_that_is_no_tensor_on_one_rank_is_an_error_on_all_ranks(comm):
+    module, x = DilatedAttention(24, 4, comm=comm, **DILATED), torch.zeros(1, 8, 24)
+    with pytest.raises(ShapeError, match="must be tensors, got NoneType"):
+        module(None if comm.rank == 1 else x, x, x)

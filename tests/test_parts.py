@@ -57,3 +57,7 @@ def test_parts_of_some_sequences_alone_are_theirs():
     expected = oracle.attention_with_gradients(q, k, v, dout, *case.pattern, False)
     for actual, right in zip((out.detach(), *grads), (expected[0], *expected[2:]), strict=True):
         torch.testing.assert_close(actual.double().cpu(), right, atol=2e-5, rtol=2e-5)
+
+
+def test_segments_and_steps_longer_than_kernels_can_count():
+    check(Case(1, 20, 3, 3, 4, (2**33, 2**32), (2**32, 3), True, seed=3), torch.float32, 2e-5)

@@ -12,10 +12,11 @@ import pytest
 from launching import MODEL, run_command
 
 from longnet_hpc import corpora, progress
+from longnet_hpc.comm import launch
 from longnet_hpc.comm.launch import start
 from longnet_hpc.data import Corpus, default_sources, prepare
-from longnet_hpc.errors import CorpusError
-from longnet_hpc.record import check_record, read_records
+from longnet_hpc.errors import CorpusError, ShapeError
+from longnet_hpc.record import append_record, check_record, read_records
 from longnet_hpc.run import main
 
 SMALL = (*MODEL, "--seq-len", "512", "--device", "cpu", "--optimizer.learning-rate", "0.01")
@@ -204,3 +205,23 @@ def test_embedded_corpus_that_another_job_makes_meanwhile_is_used(tmp_path, monk
     monkeypatch.setattr(corpora, "prepare_corpus", fails)
     with pytest.raises(CorpusError, match="cannot write"):
         corpora.embedded_corpus(start(device="cpu"), "valid", tmp_path)
+
+
+def test_record_after_a_line_that_was_cut_off_is_a_line_of_its_own(tmp_path, caplog):
+    path = tmp_path / "record.jsonl"
+    append_record(path, {"a": 1})
+    with path.open("a") as stream:
+        stream.write('{"a": 2, "b')
+    append_record(path, {"a": 3})
+    append_record(path, {"a": 4})
+    assert read_records(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
+    assert "line 2 is no record" in caplog.text
+
+
+def test_ranks_that_disagree_at_the_start_are_told_in_one_line(monkeypatch, capsys):
+    def disagree(**options):
+        raise ShapeError("rank 1 disagrees with rank 0: device cuda is not cpu")
+
+    monkeypatch.setattr(launch, "start", disagree)
+    assert main(["eval", "--checkpoint", "x"]) == 2
+    assert capsys.readouterr().err == "error: rank 1 disagrees with rank 0: device cuda is not cpu\n"

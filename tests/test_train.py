@@ -19,7 +19,8 @@ from longnet_hpc.errors import CheckpointError, ConfigError, CorpusError
 from longnet_hpc.evaluate import _results
 from longnet_hpc.optimizer import Optimizer, learning_rate
 from longnet_hpc.record import append_record, check_record, make_record, read_records, where
-from longnet_hpc.train import Trainer, train
+from longnet_hpc.train import train
+from longnet_hpc.trainer import Trainer
 
 MODEL = LongNetConfig(layers=2, embed_dim=16, heads=2, segment_lengths=(16, 64), dilation_rates=(1, 2))
 

@@ -43,7 +43,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         if not torch.compiler.is_compiling():  # the log is no part of a graph
             _say_once(chosen.name, device.type, dtype, head_dim)
         return chosen
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     if not BACKENDS[name].supports(device, dtype, head_dim):
         raise BackendError(f"backend {name} cannot compute {dtype} with head_dim {head_dim} on {device.type}")

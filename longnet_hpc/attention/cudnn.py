@@ -30,15 +30,15 @@ def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     )
 
 
-def _takes(q: torch.Tensor, k: torch.Tensor) -> bool:
+def _takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a piece is worth a plan; a key/value head that several query heads share is none of its layouts."""
-    return min(q.shape[2], k.shape[2]) >= _FEWEST_ROWS and 0 not in k.stride()
+    return min(q.shape[2], k.shape[2]) >= _FEWEST_ROWS and not any(0 in x.stride() for x in (q, k, v))
 
 
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not _takes(q, k):
+    if not _takes(q, k, v):
         return LIBRARY.forward(q, k, v, causal=causal, scale=scale)
     out, lse = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
     return out, lse.squeeze(-1)
@@ -55,7 +55,7 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not _takes(q, k):
+    if not _takes(q, k, v):
         return LIBRARY.backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
     # Torch looks its plans up by the layouts of q, k and v alone; those of the others must follow from q's.
     if not q.stride() == dout.stride() == out.stride():

@@ -19,6 +19,8 @@ __all__ = ["GradientParts", "SoftmaxParts"]
 
 _COLUMNS = 14
 """Numbers in an entry of the table, see `_entries`."""
+_LONGEST = 2**31 - 1
+"""Tokens of a slice that kernels can count; a longer step means that there is but one piece, or row."""
 _TOKENS = 32
 """Tokens that one program visits."""
 
@@ -92,7 +94,7 @@ def _entries(sequences: slice, grid: Grid, part: torch.Tensor, lse: torch.Tensor
     for number in range(grid.heads):
         entry = [
             grid.start + grid.first_row + number * grid.row_step,
-            *(grid.length, grid.count, grid.rows, grid.rate),
+            *(min(grid.length, _LONGEST), grid.count, grid.rows, min(grid.rate, _LONGEST)),
             *(sequences.start, sequences.stop),
             part.data_ptr() + number * part.stride(1) * part.element_size(),
             *(part.stride(0), part.stride(2)),

@@ -110,9 +110,10 @@ def agree_on(comm: MPI.Comm | None, facts: Mapping[str, object], own: T, error: 
         raise failure  # this rank's own, where it is that: a pickled copy has lost its traceback
     expected = answers[0][1]
     for other, (_, theirs, _) in enumerate(answers):
-        for name, value in theirs.items():
-            if value != expected[name]:
-                raise ShapeError(f"rank {other} disagrees with rank 0: {name} {value} is not {expected[name]}")
+        for name in (*expected, *(theirs.keys() - expected.keys())):
+            value, wanted = theirs.get(name), expected.get(name)
+            if value != wanted:
+                raise ShapeError(f"rank {other} disagrees with rank 0: {name} {value} is not {wanted}")
     return [value for _, _, value in answers]
 
 

@@ -216,6 +216,16 @@ def _publish(job: _Job, corpus: Path) -> list[Path]:
         job.path.hardlink_to(corpus)  # unlike a rename, it fails if another job has made the file meanwhile
     except FileExistsError as error:
         raise _exists(job.path) from error
+    except OSError:  # a file system without hard links: claim the name, then rename
+        try:
+            os.close(os.open(job.path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError as error:
+            raise _exists(job.path) from error
+        try:
+            corpus.replace(job.path)
+        except OSError:
+            job.path.unlink()
+            raise
     return []
 
 

@@ -1,0 +1,171 @@
+"""Training steps: one loss over the global sequence, gradients summed over ranks, the same update on every rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import xxhash
+
+from longnet_hpc.checkpoint import Checkpoint, DataOrder
+from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects
+from longnet_hpc.comm.launch import Launch
+from longnet_hpc.compute import Compute
+from longnet_hpc.config import TrainConfig
+from longnet_hpc.config_file import flat_table, to_table
+from longnet_hpc.data import Corpus, SequenceReader
+from longnet_hpc.errors import ConfigError
+from longnet_hpc.model import LongNet
+from longnet_hpc.optimizer import Optimizer, learning_rate
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Model, optimizer, reader and slices of one rank; `step` is collective, making one is not.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        What to train, and how.
+    launch : Launch
+        This rank.
+    corpus : Corpus
+        What to train on.
+    checkpoint : Checkpoint, optional
+        Where to go on.
+
+    Raises
+    ------
+    LongNetError
+        If config, corpus, checkpoint and number of ranks do not fit together.
+    """
+
+    def __init__(
+        self, config: TrainConfig, launch: Launch, corpus: Corpus, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.config, self.launch = config, launch
+        self.compute = Compute(config, launch, config.model, config.seq_len)
+        self.compute.check_vocabulary(corpus.vocab_size, f"; use --model.vocab-size {corpus.vocab_size}")
+        reading = {key: getattr(config, key) for key in ("seq_len", "batch_size", "seed", "shuffle")}
+        self.order = DataOrder.of(corpus, **reading)
+        torch.manual_seed(config.seed)
+        self.model = LongNet(config.model).to(self.compute.device)
+        self.model.activation_checkpointing = config.activation_checkpointing
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.steps_done = 0
+        if checkpoint is not None:
+            checkpoint.check_fits(config.model, self.order)
+            self.optimizer.load_state(checkpoint.tensors, checkpoint.step)
+            self.steps_done = checkpoint.step
+        self.reader = SequenceReader(
+            corpus,
+            slice_of=self.compute.slice_of,
+            start_batch=checkpoint.batch_index if checkpoint else 0,
+            **reading,
+        )
+
+    def check_data(self) -> None:
+        """Read this rank's slices of the next step once more than needed, to find damage before anything is written.
+
+        Raises
+        ------
+        CorpusError
+            If one cannot be read, on this rank alone.
+        """
+        for ahead in range(self.config.accumulation):
+            self.reader.window(self.reader.batch_index + ahead)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this call ends."""
+        return min(self.config.steps, self.config.stop_at or self.config.steps)
+
+    def step(self) -> dict[str, Any]:
+        """Do one step and return its line of metrics, the same on all ranks. Collective.
+
+        Raises
+        ------
+        CorpusError
+            If a rank cannot read its slice.
+        ConfigError
+            If loss or gradient are not finite; nothing is then updated.
+        """
+        config, comm = self.config, self.launch.comm
+        begin = time.perf_counter()
+        plan = self.compute.plan()
+        received_before = plan.bytes_received
+        tokens = config.seq_len * config.batch_size * config.accumulation
+        loss = torch.zeros((), dtype=torch.float64, device=self.compute.device)
+        for _ in range(config.accumulation):
+            dropout_seed = config.seed + self.reader.batch_index
+            with agreed(comm):
+                inputs, targets = (part.to(self.compute.device) for part in next(self.reader))
+            with self.compute.autocast():
+                summed = self.model.loss(inputs, targets, plan, dropout_seed=dropout_seed)
+            (summed / tokens).backward()
+            loss += summed.detach()
+        global_loss = float(all_reduce_sum(comm, loss)) / tokens
+        gradient = all_reduce_sum(comm, self.optimizer.flat_gradient())
+        rate = learning_rate(self.steps_done, config.steps, config.optimizer)
+        norm = self.optimizer.step(gradient, rate) if math.isfinite(global_loss) else math.nan
+        if not math.isfinite(norm):
+            raise ConfigError(
+                f"training diverged in step {self.steps_done + 1}: loss {global_loss:.4g}, gradient norm {norm:.4g}; "
+                f"lower optimizer.learning_rate ({config.optimizer.learning_rate})"
+            )
+        self.steps_done += 1
+        seconds = time.perf_counter() - begin
+        answers = allgather_objects(
+            comm, (plan.bytes_received - received_before, self.compute.peak_memory_bytes(), seconds)
+        )
+        received, memory, slowest = (max(values) for values in zip(*answers, strict=True))
+        return {
+            "step": self.steps_done,
+            "loss": global_loss,
+            "bits_per_token": global_loss / math.log(2),
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "seconds": slowest,
+            "tokens_per_second": tokens / slowest,
+            "bytes_received": received,
+            "bytes_received_per_layer": received // (config.model.layers * config.accumulation),
+            "peak_memory_bytes": memory,
+        }
+
+    def check_steps(self) -> None:
+        """Raise ConfigError unless there is a step to do."""
+        done, stop_at = self.steps_done, self.config.stop_at
+        if done >= self.config.steps:
+            raise ConfigError(f"training has done {done} of {self.config.steps} steps; raise --steps")
+        if stop_at is not None and done >= stop_at:
+            raise ConfigError(f"training has done {done} steps, stop_at must be above that, got {stop_at}")
+
+    def facts(self) -> dict[str, object]:
+        """Return what must be the same on all ranks, by name; the corpus may lie elsewhere on each."""
+        config = {key: value for key, value in flat_table(self.config).items() if key != "corpus"}
+        order = {f"{key} of the batches": value for key, value in vars(self.order).items()}
+        return {**config, **order, "steps done": self.steps_done, "last step": self.last_step}
+
+    def checkpoint(self) -> Checkpoint:
+        """Return the state to go on from; the same on all ranks."""
+        return Checkpoint(
+            self.steps_done,
+            self.reader.batch_index,
+            self.order,
+            to_table(self.config.model),
+            self.optimizer.state(),
+        )
+
+    def same_on_all_ranks(self) -> bool:
+        """Return whether all ranks hold the same weights, bit for bit. Collective."""
+        digest = xxhash.xxh3_64()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        return len(set(allgather_objects(self.launch.comm, digest.hexdigest()))) == 1
+
+    def close(self) -> None:
+        """End the reader's background thread."""
+        self.reader.close()
