@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 from contextlib import AbstractContextManager
 
@@ -11,7 +12,7 @@ import torch
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import ComputeConfig, LongNetConfig
-from longnet_hpc.errors import CorpusError
+from longnet_hpc.errors import ConfigError, CorpusError
 from longnet_hpc.partition import Partition
 from longnet_hpc.positions import POSITIONS
 from longnet_hpc.sequence_plan import SequencePlan
@@ -51,12 +52,13 @@ class Compute:
     BackendError
         If the attention backend that was asked for cannot do it.
     ConfigError
-        If the positions of the model do not reach this far.
+        If the positions of the model do not reach this far, or its weights exceed all memory.
     """
 
     def __init__(self, config: ComputeConfig, launch: Launch, model: LongNetConfig, seq_len: int) -> None:
         self._launch, self._model, self._backend = launch, model, config.backend
         self.device = launch.device
+        self.check_memory(4)  # the weights; before anything is made in their size
         wants_half = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
         self.dtype = torch.bfloat16 if wants_half else torch.float32
         self.partition = Partition.even(seq_len, launch.size)
@@ -82,6 +84,19 @@ class Compute:
                 "nothing is seen from further away",
                 f"{seq_len:,}",
                 f"{reach:,}",
+            )
+
+    def check_memory(self, bytes_per_parameter: int) -> None:
+        """Raise ConfigError if the parameters alone, with what belongs to each, exceed all memory of the device."""
+        needed = self._model.parameter_count * bytes_per_parameter
+        if self.device.type == "cuda":
+            there = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise ConfigError(
+                f"model of {self._model.parameter_count:,} parameters needs {needed / 1e9:,.0f} GB for these alone, "
+                f"{self.device.type} has {there / 1e9:,.0f} GB"
             )
 
     def plan(self) -> SequencePlan:

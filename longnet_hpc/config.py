@@ -79,6 +79,17 @@ class LongNetConfig:
         return self.embed_dim // self.heads
 
     @property
+    def parameter_count(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        width, inner = self.embed_dim, self.embed_dim * self.ffn_ratio
+        kv_width = self.head_dim * (self.kv_heads or self.heads)
+        attention = 2 * (width + 1) * width + 2 * (width + 1) * kv_width
+        feed_forward = (width + 1) * inner + (inner + 1) * width
+        norms = 3 * 2 * width + 2 * inner
+        embeddings = (1 if self.tie_head else 2) * self.vocab_size * width
+        return embeddings + self.layers * (attention + feed_forward + norms) + 2 * width
+
+    @property
     def pattern(self) -> Pattern:
         """The branches of the attention."""
         return Pattern.from_lists(self.segment_lengths, self.dilation_rates)

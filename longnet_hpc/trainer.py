@@ -51,6 +51,7 @@ class Trainer:
         self.compute.check_vocabulary(corpus.vocab_size, f"; use --model.vocab-size {corpus.vocab_size}")
         reading = {key: getattr(config, key) for key in ("seq_len", "batch_size", "seed", "shuffle")}
         self.order = DataOrder.of(corpus, **reading)
+        self.compute.check_memory(16)  # float32 weights, gradient, and two moments
         torch.manual_seed(config.seed)
         self.model = LongNet(config.model).to(self.compute.device)
         self.model.activation_checkpointing = config.activation_checkpointing

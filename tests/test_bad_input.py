@@ -97,6 +97,12 @@ def test_unwritable_run_folder(refused, corpus, tmp_path):
     assert line == f"error: cannot write run folder {tmp_path / 'file' / 'run'}: Not a directory"
 
 
+@pytest.mark.parametrize("size", [("--model.embed-dim", "100000000000"), ("--model.vocab-size", "99999999999999")])
+def test_model_larger_than_memory(refused, corpus, tmp_path, size):
+    line = refused("train", "--corpus", corpus, "--folder", tmp_path / "run", *size)
+    assert "GB for these alone, cpu has" in line
+
+
 def test_unwritable_corpus(refused, text, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write" in refused("prepare", text, "--output", tmp_path / "file" / "corpus.h5")

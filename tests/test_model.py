@@ -25,6 +25,12 @@ def tokens(seq, batch=2, seed=0):
     return torch.randint(0, 17, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"tie_head": False}, {"ffn_ratio": 3, "layers": 5}])
+def test_parameters_are_counted_without_the_model(changes):
+    model = micro_model(**changes)
+    assert model.config.parameter_count == model.parameter_count
+
+
 def test_plan_of_another_pattern_is_refused():
     model, x = micro_model(), tokens(29)
     plan = SequencePlan.build(Pattern.from_lists([29], [1]), 29)
