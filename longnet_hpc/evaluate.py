@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from longnet_hpc.checkpoint import FOLDER, DataOrder, find_checkpoint, load_checkpoint
-from longnet_hpc.comm import agree_on, agreed, all_reduce_sum
+from longnet_hpc.comm import agreed, all_reduce_sum
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
 from longnet_hpc.config import EvalConfig
 from longnet_hpc.config_file import CONFIG_NAME, flat_table, to_table, write_toml
 from longnet_hpc.data import Corpus, SequenceReader
-from longnet_hpc.errors import CheckpointError, LongNetError
+from longnet_hpc.errors import CheckpointError
 from longnet_hpc.files import check_writable, naming_errors, replace_file
 from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import load_weights
@@ -83,10 +83,9 @@ def evaluate(config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_p
     comm = launch.comm
     corpus: Corpus | None = None
     reader: SequenceReader | None = None
-    error: Exception | None = None
     facts: dict[str, object] = {}
     try:
-        try:
+        with agreed(comm, facts=facts):
             path = find_checkpoint(checkpoint_path)
             checkpoint = load_checkpoint(path)
             seq_len = config.seq_len or checkpoint.order.seq_len
@@ -108,12 +107,9 @@ def evaluate(config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_p
             if launch.rank == 0:
                 with naming_errors(f"cannot write results to {folder}"):
                     check_writable(folder)
-            own = {key: value for key, value in flat_table(config).items() if key not in _PATHS}
-            facts = {**own, **{f"{key} of the batches": value for key, value in vars(order).items()}}
+            facts.update({key: value for key, value in flat_table(config).items() if key not in _PATHS})
+            facts.update({f"{key} of the batches": value for key, value in vars(order).items()})
             facts["step of the checkpoint"] = checkpoint.step
-        except (LongNetError, OSError) as caught:
-            error = caught
-        agree_on(comm, facts, None, error)
         assert corpus is not None
         assert reader is not None
         compute.warn_of_reach()

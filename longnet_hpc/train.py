@@ -21,12 +21,12 @@ from longnet_hpc.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from longnet_hpc.comm import agree_on, agreed, broadcast_object
+from longnet_hpc.comm import agreed, broadcast_object
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
 from longnet_hpc.data import Corpus
-from longnet_hpc.errors import ConfigError, LongNetError
+from longnet_hpc.errors import ConfigError
 from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, read_metrics, where
@@ -118,9 +118,8 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
     corpus: Corpus | None = None
     trainer: Trainer | None = None
     facts: dict[str, object] = {}
-    error: Exception | None = None
     try:
-        try:
+        with agreed(launch.comm, facts=facts):
             if config.resume is None and folder.exists():
                 raise ConfigError(f"folder {folder} exists; go on with --resume {folder}, or choose another --folder")
             checkpoint = _checkpoint_to_resume(folder) if config.resume else None
@@ -128,10 +127,7 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
             trainer = Trainer(config, launch, corpus, checkpoint)
             trainer.check_steps()
             trainer.check_data()
-            facts = trainer.facts()
-        except (LongNetError, OSError) as caught:
-            error = caught
-        agree_on(launch.comm, facts, None, error)
+            facts.update(trainer.facts())
         assert trainer is not None
         yield trainer
     finally:

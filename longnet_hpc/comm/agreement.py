@@ -118,7 +118,7 @@ def agree_on(comm: MPI.Comm | None, facts: Mapping[str, object], own: T, error: 
 
 
 @contextmanager
-def agreed(comm: MPI.Comm | None, *kinds: type[Exception]) -> Iterator[None]:
+def agreed(comm: MPI.Comm | None, *kinds: type[Exception], facts: Mapping[str, object] | None = None) -> Iterator[None]:
     """Run a body that may fail on one rank alone; at its end all ranks agree, and all raise or none does.
 
     Parameters
@@ -128,6 +128,8 @@ def agreed(comm: MPI.Comm | None, *kinds: type[Exception]) -> Iterator[None]:
     *kinds : type
         Errors to agree on; `LongNetError` and `OSError` if none are named. Any other exception is a defect and passes
         through, to abort the job.
+    facts : mapping, optional
+        Values that must be equal on all ranks at the end, by name, as for `agree_on`; the body may fill it.
     """
     error: BaseException | None = None
     expected = kinds or (LongNetError, OSError)
@@ -135,4 +137,4 @@ def agreed(comm: MPI.Comm | None, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except expected as caught:
         error = caught
-    agree(comm, error)
+    agree_on(comm, facts or {}, None, error)
