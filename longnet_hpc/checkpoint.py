@@ -21,7 +21,7 @@ from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
 from longnet_hpc.errors import CheckpointError, ConfigError
-from longnet_hpc.files import replace_file
+from longnet_hpc.files import naming_errors, replace_file
 
 __all__ = [
     "FOLDER",
@@ -64,6 +64,10 @@ class DataOrder:
         """Return the order of a corpus read in this way."""
         checksums = xxhash.xxh3_64_hexdigest(corpus.chunk_checksums.astype("<u8").tobytes())
         return cls(corpus.num_tokens, checksums, seq_len, batch_size, seed, shuffle)
+
+    def facts(self) -> dict[str, object]:
+        """Return what must be the same on ranks that read together, by name."""
+        return {f"{key} of the batches": value for key, value in vars(self).items()}
 
     def same_corpus(self, other: DataOrder) -> bool:
         """Return whether both read the same tokens, in whatever order."""
@@ -145,11 +149,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     }
 
     def write(partial: Path) -> None:
-        try:
-            text = json.dumps(about)
+        text = json.dumps(about)
+        with naming_errors(f"cannot write checkpoint {path}", (SafetensorError,)):  # its way of passing on a full disk
             save_file(tensors, partial, {"longnet_hpc": text, "checksum": xxhash.xxh3_64_hexdigest(text.encode())})
-        except SafetensorError as error:  # its way of passing on a full disk
-            raise OSError(f"cannot write checkpoint {path}: {error}") from error
 
     replace_file(path, write)
     return path
@@ -182,12 +184,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     CheckpointError
         If the file is missing, damaged, or no checkpoint of this version.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            about = _about(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {_first_line(error)}") from error
+    kinds = (OSError, SafetensorError, json.JSONDecodeError)
+    with naming_errors(f"cannot read checkpoint {path}", kinds, CheckpointError), safe_open(path, "pt") as file:
+        about = _about(path, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if about["checksums"].keys() != tensors.keys():
         raise CheckpointError(f"checkpoint {path} is damaged: tensors are missing")
     for name, tensor in tensors.items():
@@ -224,7 +224,3 @@ def _step_of(path: Path) -> int:
 
 def _checksum(tensor: torch.Tensor) -> str:
     return xxhash.xxh3_64_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -108,7 +108,7 @@ def evaluate(config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_p
                 with naming_errors(f"cannot write results to {folder}"):
                     check_writable(folder)
             facts.update({key: value for key, value in flat_table(config).items() if key not in _PATHS})
-            facts.update({f"{key} of the batches": value for key, value in vars(order).items()})
+            facts.update(order.facts())
             facts["step of the checkpoint"] = checkpoint.step
         assert corpus is not None
         assert reader is not None

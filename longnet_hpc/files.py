@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -60,9 +61,30 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def naming_errors(failing: str) -> Iterator[None]:
-    """Give an OSError of the body the words of what fails: ``failing: reason``."""
+def naming_errors(
+    failing: str, kinds: tuple[type[Exception], ...] = (OSError,), raised: type[Exception] = OSError
+) -> Iterator[None]:
+    """Turn errors of the operating system and of file formats into one line: ``failing: reason``.
+
+    Parameters
+    ----------
+    failing : str
+        What failed, for example ``cannot read a.txt``.
+    kinds : tuple of type
+        The errors that the body may meet; any other passes through as the defect it is.
+    raised : type
+        What is raised instead.
+    """
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{failing}: {error.strerror or error}") from error
+    except kinds as error:
+        raise raised(f"{failing}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, in one line; HDF5 hides the system's error among file descriptors and pointers."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    number = re.search(r"\berrno = (\d+)", reason)
+    if number is not None:
+        return os.strerror(int(number[1]))
+    return " ".join(re.sub(r",? *\w+ = 0x[0-9a-f]+", "", reason).split())

@@ -68,6 +68,14 @@ class Trainer:
             **reading,
         )
 
+    def check_steps(self) -> None:
+        """Raise ConfigError unless there is a step to do."""
+        done, stop_at = self.steps_done, self.config.stop_at
+        if done >= self.config.steps:
+            raise ConfigError(f"training has done {done} of {self.config.steps} steps; raise --steps")
+        if stop_at is not None and done >= stop_at:
+            raise ConfigError(f"training has done {done} steps, stop_at must be above that, got {stop_at}")
+
     def check_data(self) -> None:
         """Read this rank's slices of the next step once more than needed, to find damage before anything is written.
 
@@ -136,19 +144,10 @@ class Trainer:
             "peak_memory_bytes": memory,
         }
 
-    def check_steps(self) -> None:
-        """Raise ConfigError unless there is a step to do."""
-        done, stop_at = self.steps_done, self.config.stop_at
-        if done >= self.config.steps:
-            raise ConfigError(f"training has done {done} of {self.config.steps} steps; raise --steps")
-        if stop_at is not None and done >= stop_at:
-            raise ConfigError(f"training has done {done} steps, stop_at must be above that, got {stop_at}")
-
     def facts(self) -> dict[str, object]:
         """Return what must be the same on all ranks, by name; the corpus may lie elsewhere on each."""
         config = {key: value for key, value in flat_table(self.config).items() if key != "corpus"}
-        order = {f"{key} of the batches": value for key, value in vars(self.order).items()}
-        return {**config, **order, "steps done": self.steps_done, "last step": self.last_step}
+        return {**config, **self.order.facts(), "steps done": self.steps_done, "last step": self.last_step}
 
     def checkpoint(self) -> Checkpoint:
         """Return the state to go on from; the same on all ranks."""

@@ -6,8 +6,6 @@ integer arithmetic the row of each part that is its own, and adds them up in reg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -45,11 +43,10 @@ class SoftmaxParts:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output in the dtype of the queries, and the log-sum-exp ``(batch, seq, heads)``."""
         q = self._q
-        batch, seq, heads, _ = q.shape
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         entries = [entry for part in self._parts for entry in _entries(*part)]
-        _launch(softmax_kernel, entries, q, heads, (out, lse, seq, heads), (seq, heads, batch))
+        _launch(softmax_kernel, entries, q, out, lse)
         return out, lse
 
 
@@ -73,10 +70,9 @@ class GradientParts:
     def result(self) -> torch.Tensor:
         """Return the sum in the dtype of the tensor."""
         x = self._x
-        batch, seq, heads, _ = x.shape
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         entries = [entry for part in self._parts for entry in _entries(*part, None)]
-        _launch(gradient_kernel, entries, x, heads, (out, seq, heads), (seq, heads, batch))
+        _launch(gradient_kernel, entries, x, out)
         return out
 
 
@@ -107,16 +103,9 @@ def _entries(sequences: slice, grid: Grid, part: torch.Tensor, lse: torch.Tensor
     return entries
 
 
-def _launch(
-    kernel: object,
-    entries: list[tuple[int, list[int]]],
-    x: torch.Tensor,
-    heads: int,
-    arguments: Sequence[object],
-    shape: tuple[int, int, int],
-) -> None:
-    """Launch a kernel over all tokens, heads and sequences, with the table of what each head sums."""
-    seq, _, batch = shape
+def _launch(kernel: object, entries: list[tuple[int, list[int]]], x: torch.Tensor, *results: torch.Tensor) -> None:
+    """Launch a kernel over all tokens, heads and sequences of ``x``, with the table of what each head sums."""
+    batch, seq, heads, head_dim = x.shape
     if not x.numel():
         return
     by_head: list[list[int]] = [[] for _ in range(heads)]
@@ -127,12 +116,12 @@ def _launch(
     for row in by_head:
         row += nothing * (most - len(row) // _COLUMNS)
     table = torch.tensor(by_head, dtype=torch.int64).to(x.device, non_blocking=True)
-    width = triton.next_power_of_2(x.shape[3])
+    width = triton.next_power_of_2(head_dim)
     kernel[(triton.cdiv(seq, _TOKENS) * batch, heads)](  # type: ignore[index]
-        *(table, *arguments),
+        *(table, *results, seq, heads),
         K=most,
         part_type=_TYPES[x.dtype],
-        D=x.shape[3],
+        D=head_dim,
         WIDTH=width,
         TOKENS=_TOKENS,
         COLUMNS=_COLUMNS,

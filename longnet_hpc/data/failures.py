@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from longnet_hpc.errors import CorpusError
+from longnet_hpc.files import naming_errors
 
 __all__ = ["HDF5_ERRORS", "corpus_errors"]
 
@@ -15,8 +13,7 @@ HDF5_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError)
 """What h5py raises for a damaged file or a failing disk."""
 
 
-@contextmanager
-def corpus_errors(what: str, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+def corpus_errors(what: str, kinds: tuple[type[Exception], ...] = (OSError,)) -> AbstractContextManager[None]:
     """Turn errors of the operating system and of file formats into a `CorpusError` of one line.
 
     Parameters
@@ -31,16 +28,4 @@ def corpus_errors(what: str, kinds: tuple[type[Exception], ...] = (OSError,)) ->
     CorpusError
         If the body raises one of ``kinds``.
     """
-    try:
-        yield
-    except kinds as error:
-        raise CorpusError(f"{what}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Return what went wrong, in one line; HDF5 hides the system's error among file descriptors and pointers."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    number = re.search(r"\berrno = (\d+)", reason)
-    if number is not None:
-        return os.strerror(int(number[1]))
-    return " ".join(re.sub(r",? *\w+ = 0x[0-9a-f]+", "", reason).split())
+    return naming_errors(what, kinds, CorpusError)
