@@ -220,7 +220,13 @@ class TrainConfig(ComputeConfig):
     shuffle: bool = True
     """Take the sequences in random order, anew in each epoch."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
+    keep_attention: bool = True
+    """Under activation_checkpointing, keep the output of attention and its rows from other ranks nevertheless."""
+    half_residual: bool = False
+    """Keep the residual stream in the number format of matrix products, too: half its memory under bfloat16."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
     save_every: int = 100
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2
@@ -230,6 +236,8 @@ class TrainConfig(ComputeConfig):
         _at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
+        if self.compile == "on" and self.model.dropout > 0.0:
+            raise ConfigError(f"compile must be auto or off with dropout, got on with dropout {self.model.dropout}")
         if self.geometric is not None:
             pattern = Pattern.geometric(self.seq_len, *self.geometric)
             model = replace(self.model, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.dropout import position_dropout
-from longnet_hpc.errors import LongNetError, ShapeError
+from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
 from longnet_hpc.sequence_plan import SequencePlan
 
 __all__ = ["Block", "LongNet"]
 
+Recomputed = Literal["nothing", "all but attention", "all"]
+_keeping_attention = partial(create_selective_checkpoint_contexts, [torch.ops.longnet_hpc.mixture.default])
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -58,20 +62,45 @@ class Block(nn.Module):
             nn.init.xavier_normal_(projection.weight, gain=gain)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, x: torch.Tensor, plan: SequencePlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
-        """Map ``(batch, local_len, embed_dim)`` to the same shape. Collective over the ranks of the plan."""
-        normed = self.attention_norm(x)
-        heads = (-1, self.config.head_dim)
-        q, k, v = (projection(normed).unflatten(-1, heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotation.apply(q, k)
+    def forward(
+        self,
+        x: torch.Tensor,
+        plan: SequencePlan,
+        rotation: Rotation,
+        dropout_seed: int,
+        recomputed: Recomputed = "nothing",
+    ) -> torch.Tensor:
+        """Map ``(batch, local_len, embed_dim)`` to the same shape. Collective over the ranks of the plan.
+
+        What is ``recomputed`` in the backward pass is not kept until then.
+        """
+        if recomputed == "nothing":
+            return self._compute(x, plan, rotation, dropout_seed)
+        # Within what `torch.compile` sees, so that it drops what a backward pass does not need. Dropout needs no state.
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if recomputed == "all but attention":
+            how["context_fn"] = _keeping_attention
+        out: torch.Tensor = checkpoint(lambda x: self._compute(x, plan, rotation, dropout_seed), x, **how)
+        return out
+
+    def _compute(self, x: torch.Tensor, plan: SequencePlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
+        normed, heads = self.attention_norm(x), (-1, self.config.head_dim)
+        # One product for what is rotated, into new memory; the values are attended to as they come.
+        weight = torch.cat((self.q_proj.weight, self.k_proj.weight))
+        bias = torch.cat((self.q_proj.bias, self.k_proj.bias))
+        both = F.linear(normed, weight, bias).unflatten(-1, heads)
+        q, k = rotation.apply(both[:, :, : self.config.heads], both[:, :, self.config.heads :])
+        v = self.v_proj(normed).unflatten(-1, heads)
         mixed = plan.attention(q, k, v, causal=True).flatten(2)
         x = x + self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
         inner = self.inner_ffn_norm(F.gelu(self.fc1(self.ffn_norm(x))))
         return x + self._drop(self.fc2(inner), plan, dropout_seed, 1)
 
     def _drop(self, x: torch.Tensor, plan: SequencePlan, seed: int, place: int) -> torch.Tensor:
-        probability = self.config.dropout if self.training else 0.0
-        return position_dropout(x, probability, seed=seed, site=2 * self.index + place + 1, start=plan.start)
+        if not self.training or self.config.dropout == 0.0:
+            return x  # before anything that differs between blocks is looked at: one graph serves them all
+        site = 2 * self.index + place + 1
+        return position_dropout(x, self.config.dropout, seed=seed, site=site, start=plan.start)
 
 
 class LongNet(nn.Module):
@@ -86,12 +115,18 @@ class LongNet(nn.Module):
     ----------
     activation_checkpointing : bool
         Recompute each block in the backward pass instead of keeping its activations.
+    keep_attention : bool
+        Keep the output of attention nevertheless.
+    half_residual : bool
+        Keep the residual stream in the dtype of matrix products, rather than that of the embedding.
     """
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.keep_attention = True
+        self.half_residual = False
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
@@ -106,6 +141,26 @@ class LongNet(nn.Module):
     def parameter_count(self) -> int:
         """Number of parameters, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let `torch.compile` make the graph of a block, one for all of them, when it is first called.
+
+        Each shape, plan and way to checkpoint has its own graph.
+
+        Parameters
+        ----------
+        backend : str
+            Who makes code of the graph, by torch's name.
+
+        Raises
+        ------
+        ConfigError
+            If there is dropout, whose masks no graph can hold.
+        """
+        if self.config.dropout > 0.0:
+            raise ConfigError(f"blocks with dropout cannot be compiled, got {self.config.dropout}")
+        for block in self.blocks:
+            block.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def flop(self, batch: int, seq_len: int, *, training: bool) -> int:
         """Count the arithmetic of matrix products, ``2 m n k`` each, attention as `Pattern.flop` counts it.
@@ -183,6 +238,8 @@ class LongNet(nn.Module):
                 "dropout_seed": dropout_seed,
                 "training": self.training,
                 "activation checkpointing": self.activation_checkpointing,
+                "keep attention": self.keep_attention,
+                "half residual": self.half_residual,
                 "parameters that need a gradient": wants_grad and sum(p.requires_grad for p in self.parameters()),
             }
         plan.agree(facts, error)
@@ -200,11 +257,13 @@ class LongNet(nn.Module):
             plan.start, plan.local_len, plan.seq_len, config.head_dim, config.rotary_base, computed_in, device
         )
         x = position_dropout(x, config.dropout if self.training else 0.0, seed=dropout_seed, site=0, start=plan.start)
+        if self.half_residual:
+            x = x.to(computed_in)
+        recomputed: Recomputed = "nothing"
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            recomputed = "all but attention" if self.keep_attention else "all"
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, plan, rotation, dropout_seed, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, plan, rotation, dropout_seed)
+            x = block(x, plan, rotation, dropout_seed, recomputed)
         normed: torch.Tensor = self.norm(x)
         return normed
 

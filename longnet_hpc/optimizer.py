@@ -53,6 +53,7 @@ class Optimizer:
         self._parameters = dict(model.named_parameters())
         matrices = [parameter for parameter in self._parameters.values() if parameter.dim() >= 2]
         vectors = [parameter for parameter in self._parameters.values() if parameter.dim() < 2]
+        on_gpu = any(parameter.is_cuda for parameter in self._parameters.values())
         self._adamw = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -60,6 +61,7 @@ class Optimizer:
             ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
+            fused=on_gpu or None,  # one pass; None leaves the choice to torch
         )
 
     def flat_gradient(self) -> torch.Tensor:
@@ -123,7 +125,7 @@ class Optimizer:
             with torch.no_grad():
                 parameter.copy_(tensors[f"weight.{name}"])
             self._adamw.state[parameter] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=parameter.device),
                 **{m: tensors[f"{m}.{name}"].to(parameter.device, copy=True) for m in _MOMENTS},
             }
 

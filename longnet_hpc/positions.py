@@ -29,7 +29,7 @@ class Rotation:
     """Factors of the queries and keys of one slice, made once a forward pass and shared by all layers."""
 
     query: torch.Tensor
-    """``(local_len, 1, head_dim / 2)``, complex64, or complex128 for float64."""
+    """``(local_len, 1, head_dim / 2, 2)``, real and imaginary parts, float32, or float64 for float64."""
     key: torch.Tensor
     """Shaped as the factors of the queries."""
 
@@ -45,9 +45,15 @@ class Rotation:
 
 
 def _multiply(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    pairs = x.to(factor.real.dtype).contiguous().unflatten(-1, (-1, 2))
-    rotated: torch.Tensor = torch.view_as_real(torch.view_as_complex(pairs) * factor).flatten(-2)
-    return rotated.to(x.dtype)
+    pairs = x.to(factor.dtype).contiguous().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which makes no code for complex numbers, and fuses this with its neighbours
+        real, imaginary = factor.unsqueeze(-2).unbind(-1)
+        sign = torch.arange(-1, 2, 2, dtype=factor.dtype, device=x.device)
+        rotated = pairs * real + pairs.flip(-1) * (imaginary * sign)
+    else:  # one pass
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(factor))
+    result: torch.Tensor = rotated.flatten(-2).to(x.dtype)
+    return result
 
 
 class Encoding(Protocol):
@@ -85,7 +91,7 @@ def rotary(
         Those of the queries and keys.
     """
     angles = _angles(start, local_len, head_dim, base, device)
-    factor = torch.polar(torch.ones_like(angles), angles).to(_complex(dtype))
+    factor = _factor(torch.ones_like(angles), angles, dtype)
     return Rotation(factor, factor)
 
 
@@ -117,8 +123,7 @@ def xpos(
     exponent = _positions(start - seq_len // 2, local_len, device) / XPOS_SCALE_BASE
     scale = torch.exp(exponent * decay)
     angles = _angles(start, local_len, head_dim, base, device)
-    query, key = (torch.polar(magnitude, angles).to(_complex(dtype)) for magnitude in (scale, scale.reciprocal()))
-    return Rotation(query, key)
+    return Rotation(_factor(scale, angles, dtype), _factor(scale.reciprocal(), angles, dtype))
 
 
 def longest_xpos(dtype: torch.dtype) -> int:
@@ -143,5 +148,7 @@ def _positions(start: int, local_len: int, device: torch.device) -> torch.Tensor
     return torch.arange(start, start + local_len, device=device).double()[:, None, None]
 
 
-def _complex(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype == torch.float64 else torch.complex64
+def _factor(magnitude: torch.Tensor, angles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return complex factors as real and imaginary parts, for features of a dtype, from float64."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.stack(((magnitude * angles.cos()).to(wide), (magnitude * angles.sin()).to(wide)), dim=-1)

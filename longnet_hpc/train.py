@@ -152,6 +152,8 @@ def _announce(trainer: Trainer, corpus_path: Path, folder: Path) -> None:
     if config.optimizer.warmup_steps >= config.steps:
         log.info("the warm-up of %s steps outlasts all %s steps", f"{config.optimizer.warmup_steps:,}", config.steps)
     compute.warn_of_reach()
+    if trainer.compiled:
+        log.info("the blocks are compiled in the first step, which takes longer than the others")
     log.info(
         "training %s, %s parameters, on %s rank%s (%s, %s): steps %s to %s of %s tokens from %s, into %s",
         config.preset,

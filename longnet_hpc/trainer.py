@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class Trainer:
     ------
     LongNetError
         If config, corpus, checkpoint and number of ranks do not fit together.
+
+    Attributes
+    ----------
+    compiled : bool
+        Whether `torch.compile` makes the code of the blocks, in the first step.
     """
 
     def __init__(
@@ -55,6 +61,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = LongNet(config.model).to(self.compute.device)
         self.model.activation_checkpointing = config.activation_checkpointing
+        self.model.keep_attention = config.keep_attention
+        self.model.half_residual = config.half_residual
+        self.compiled = _compiles(config, self.compute.device)
+        if self.compiled:
+            self.model.compile_blocks()
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.steps_done = 0
         if checkpoint is not None:
@@ -169,3 +180,9 @@ class Trainer:
     def close(self) -> None:
         """End the reader's background thread."""
         self.reader.close()
+
+
+def _compiles(config: TrainConfig, device: torch.device) -> bool:
+    if config.compile == "auto":
+        return device.type == "cuda" and config.model.dropout == 0.0 and find_spec("triton") is not None
+    return config.compile == "on"

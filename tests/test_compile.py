@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from longnet_hpc import LongNetConfig, Pattern, SequencePlan, dilated_attention
+from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan, dilated_attention, mixture
+from longnet_hpc.errors import ConfigError
 from longnet_hpc.model import Block
-from longnet_hpc.positions import rotary
+from longnet_hpc.positions import POSITIONS, rotary
 
 PATTERN = (8, 32), (1, 3)
+MICRO = LongNetConfig(
+    vocab_size=17, layers=3, embed_dim=16, heads=4, kv_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 3)
+)
+SOFTMAX_SUM = mixture.softmax_sum
+CHECKPOINTING = {"nothing": (False, True), "all but attention": (True, True), "all": (True, False)}
 
 
 def compiled(function):
@@ -16,14 +23,14 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
-def assert_same(function, inputs):
+def assert_same(function, inputs, tolerance=0.0):
     """Compare output and gradients of a function with those of its compiled form."""
     inputs = [x.requires_grad_() for x in inputs]
     results = []
     for form in (function, compiled(function)):
         out = form(*inputs)
         results.append((out.detach(), *torch.autograd.grad(out.square().sum(), inputs)))
-    torch.testing.assert_close(*results, atol=0, rtol=0)
+    torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -38,13 +45,69 @@ def test_attention_whose_plan_is_there_is_one_graph():
     assert_same(lambda q, k, v: dilated_attention(q, k, v, [9, 31], [1, 2]), inputs)  # the plain form comes first
 
 
-def test_block_is_one_graph():
-    config = LongNetConfig(
-        vocab_size=17, layers=2, embed_dim=16, heads=4, segment_lengths=(8, 32), dilation_rates=(1, 3)
-    )
-    block, plan = Block(config, 0), SequencePlan.build(config.pattern, 48)
-    rotation = rotary(0, 48, 48, 4, 1e4, torch.float32, torch.device("cpu"))
-    assert_same(lambda x: block(x, plan, rotation, 0), [torch.randn(1, 48, 16)])
+@pytest.mark.parametrize("recomputed", list(CHECKPOINTING))
+def test_block_is_one_graph(recomputed):
+    block, plan = Block(MICRO, 0).double(), SequencePlan.build(MICRO.pattern, 48)
+    rotation = rotary(0, 48, 48, 4, 1e4, torch.float64, torch.device("cpu"))
+    # Rotations are complex products outside of graphs, and real ones within.
+    assert_same(lambda x: block(x, plan, rotation, 0, recomputed), [torch.randn(1, 48, 16, dtype=torch.float64)], 1e-12)
+
+
+@pytest.mark.parametrize("name", list(POSITIONS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiled_rotation_equals_the_plain_one(name, dtype):
+    rotation = POSITIONS[name](40, 6, 100, 16, 1e4, dtype, torch.device("cpu"))
+    q, k = torch.randn(2, 2, 6, 3, 16, dtype=dtype)
+    assert_same(lambda q, k: torch.stack(rotation.apply(q, k)), [q, k], 2 * torch.finfo(dtype).eps)
+
+
+def micro_model(recomputed="nothing", half_residual=False, **changes):
+    torch.manual_seed(0)
+    model = LongNet(LongNetConfig(**{**vars(MICRO), **changes}))
+    model.activation_checkpointing, model.keep_attention = CHECKPOINTING[recomputed]
+    model.half_residual = half_residual
+    return model
+
+
+def loss_and_gradients(model, half=False):
+    x = torch.randint(0, 17, (2, 48), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model.loss(x, x.flip(1))
+    return loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("recomputed", list(CHECKPOINTING))
+@pytest.mark.parametrize("half", [False, True])
+def test_compiled_model_of_more_layers_than_graphs_are_kept_equals_the_plain_one(recomputed, half):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, plain = (micro_model(recomputed, half_residual=half, layers=10) for _ in range(2))
+    model.compile_blocks(counter)
+    results = [loss_and_gradients(each, half) for each in (model, plain)]
+    assert counter.frame_count == 1
+    scale = max(float(grad.abs().max()) for grad in results[1])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=scale * (2e-2 if half else 1e-5))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(("recomputed", "again"), [("nothing", 0), ("all but attention", 0), ("all", 1)])
+def test_checkpointing_computes_attention_again_only_where_it_is_not_kept(recomputed, again, is_compiled, monkeypatch):
+    torch.compiler.reset()
+    model, plan, calls = micro_model(recomputed), SequencePlan.build(MICRO.pattern, 48), []
+    monkeypatch.setattr(mixture, "softmax_sum", lambda q: calls.append(q) or SOFTMAX_SUM(q))
+    if is_compiled:
+        model.compile_blocks("aot_eager")
+    x = torch.zeros(1, 48, dtype=torch.int64)
+    loss = model.loss(x, x, plan)
+    assert len(calls) == MICRO.layers
+    loss.backward()
+    assert len(calls) == MICRO.layers * (1 + again)
+
+
+def test_blocks_with_dropout_are_not_compiled():
+    with pytest.raises(ConfigError, match=r"dropout cannot be compiled, got 0\.1"):
+        micro_model(dropout=0.1).compile_blocks()
 
 
 def test_checkpointed_attention_has_the_same_gradients():

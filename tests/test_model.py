@@ -74,11 +74,23 @@ def test_gradient_equals_finite_differences():
     assert (weight.grad * direction).sum().item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5)
 
 
-def test_activation_checkpointing_and_dropout_give_the_same_gradients():
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_activation_checkpointing_and_dropout_give_the_same_gradients(keep_attention):
     model, x, y = micro_model(dropout=0.3), tokens(13), tokens(13, seed=1)
     plain = torch.autograd.grad(model.loss(x, y, dropout_seed=5), list(model.parameters()))
-    model.activation_checkpointing = True
+    model.activation_checkpointing, model.keep_attention = True, keep_attention
     torch.testing.assert_close(torch.autograd.grad(model.loss(x, y, dropout_seed=5), list(model.parameters())), plain)
+
+
+@pytest.mark.parametrize(("half_residual", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_residual_stream_is_in_half_precision_if_asked(half_residual, dtype):
+    model, x, streams = micro_model().float(), tokens(13), []
+    exact = model.loss(x, x).item()
+    model.half_residual = half_residual
+    model.blocks[1].register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.loss(x, x).item() == pytest.approx(exact, rel=2e-2)
+    assert streams == [dtype]
 
 
 def test_dropout_is_off_in_evaluation_and_depends_on_the_seed_in_training():

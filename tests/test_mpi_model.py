@@ -30,10 +30,10 @@ def check_same_as_one_rank(comm, model, x, y, lengths, tolerance):
 
 
 @pytest.mark.parametrize("positions", ["rotary", "xpos"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_do_not_depend_on_ranks(comm, positions, checkpointing):
+@pytest.mark.parametrize(("checkpointing", "keep_attention"), [(False, True), (True, True), (True, False)])
+def test_loss_and_gradients_do_not_depend_on_ranks(comm, positions, checkpointing, keep_attention):
     model = micro_model(dropout=0.2, positions=positions)
-    model.activation_checkpointing = checkpointing
+    model.activation_checkpointing, model.keep_attention = checkpointing, keep_attention
     x, y = tokens(71), tokens(71, seed=1)
     for seed in range(3):
         check_same_as_one_rank(comm, model, x, y, cut(71, comm.size, seed), 1e-9)

@@ -25,7 +25,7 @@ def factors(name, start, local_len, seq_len, dtype, head_dim=16):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_rotary_angles_are_exact_near_a_billion(dtype):
     start = 10**9 - 2
-    factor = factors("rotary", start, 5, 2 * 10**9, dtype).query[:, 0]
+    factor = torch.view_as_complex(factors("rotary", start, 5, 2 * 10**9, dtype).query[:, 0])
     for row in range(5):
         for pair in range(8):
             angle = exact_angle(start + row, pair, 16, 10000)

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+from functools import partialmethod
 from importlib import metadata
 from itertools import pairwise
 
@@ -103,8 +104,28 @@ def test_accumulated_batches_are_one_large_batch(corpus_path):
 def test_activation_checkpointing_changes_memory_not_losses(corpus_path):
     dropped = LongNetConfig(**vars(MODEL) | {"dropout": 0.1})
     plain, _ = losses(corpus_path, 3, model=dropped)
-    recomputed, _ = losses(corpus_path, 3, model=dropped, activation_checkpointing=True)
-    assert recomputed == pytest.approx(plain, rel=1e-6)
+    for keep_attention in (True, False):
+        recomputed, trainer = losses(
+            corpus_path, 3, model=dropped, activation_checkpointing=True, keep_attention=keep_attention
+        )
+        assert recomputed == pytest.approx(plain, rel=1e-6)
+        assert (trainer.model.activation_checkpointing, trainer.model.keep_attention) == (True, keep_attention)
+
+
+def test_compiled_training_has_the_same_losses(corpus_path, monkeypatch):
+    plain, trainer = losses(corpus_path, 3)
+    assert not trainer.compiled  # on a CPU that is not the default
+    monkeypatch.setattr(LongNet, "compile_blocks", partialmethod(LongNet.compile_blocks, "aot_eager"))
+    compiled, trainer = losses(corpus_path, 3, compile="on", activation_checkpointing=True)
+    assert trainer.compiled
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_half_residual_keeps_about_the_same_loss(corpus_path):
+    wide, _ = losses(corpus_path, 3, dtype="bfloat16")
+    half, _ = losses(corpus_path, 3, dtype="bfloat16", half_residual=True)
+    assert half == pytest.approx(wide, rel=0.02)
+    assert half != wide
 
 
 def test_training_lowers_the_loss_and_the_seed_decides_all(corpus_path):
