@@ -256,7 +256,10 @@ class LongNet(nn.Module):
         rotation = POSITIONS[config.positions](
             plan.start, plan.local_len, plan.seq_len, config.head_dim, config.rotary_base, computed_in, device
         )
-        x = position_dropout(x, config.dropout if self.training else 0.0, seed=dropout_seed, site=0, start=plan.start)
+        probability = config.dropout if self.training else 0.0
+        if probability == 0.0:
+            dropout_seed = 0  # a graph would be made for every seed
+        x = position_dropout(x, probability, seed=dropout_seed, site=0, start=plan.start)
         if self.half_residual:
             x = x.to(computed_in)
         recomputed: Recomputed = "nothing"
