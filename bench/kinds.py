@@ -18,16 +18,25 @@ PRODUCT_OPERATORS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "at
 COPY_OPERATORS = {"aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy", "aten::cat", "aten::fill_"}
 
 
-def seconds_by_kind(path):
+def seconds_by_kind(path, *, on_gpu):
     """Return seconds for each of `KINDS`, and the name of each kernel (or operator) with its seconds and kind.
 
     Parameters
     ----------
     path : Path
         Trace of one step, as `torch.profiler.profile.export_chrome_trace` writes it.
+    on_gpu : bool
+        Whether kernels count, or operators.
+
+    Raises
+    ------
+    ValueError
+        If the trace has none of them.
     """
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
-    work = list(_kernels(events)) or list(_operators(events))
+    work = list(_kernels(events) if on_gpu else _operators(events))
+    if not work:
+        raise ValueError(f"{path} shows no {'kernels of a GPU' if on_gpu else 'operators'}, so no kinds of work")
     kinds, names = dict.fromkeys(KINDS, 0.0), {}
     for name, scopes, microseconds in work:
         kind = _kind(name, scopes)

@@ -36,11 +36,12 @@ PEAK_FLOP_PER_SECOND = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 CHECKED_TOKENS = 32768
 WARMUP = 2
 LEARNING_RATE = 1e-4
+OUT_OF_MEMORY = "out of memory"
 ATTENTION = 3.5
 """Arithmetic of forward and backward of attention over that of forward alone: two products, then five."""
 KEPT_BYTES = {"off": 38, "attention": 4, "all": 2}
 """Roughly what each way of checkpointing keeps a layer, token and feature of the width, in bytes."""
-WORKING_BYTES = 48
+WORKING_BYTES = 44
 """Roughly what one layer needs beside that while its gradient is computed, a token and feature, in bytes."""
 
 
@@ -61,8 +62,13 @@ def model_flop(model, tokens):
     return products + ATTENTION * forward, ATTENTION * forward
 
 
-def way_to_checkpoint(case, config, device):
+def device_of(case):
+    return torch.device(case["device"] if case["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def way_to_checkpoint(case):
     """Return the way that was asked for, or the first that should fit: the less is kept, the more is done again."""
+    config, device = model_config(case), device_of(case)
     if case["checkpointing"] != "auto":
         return case["checkpointing"]
     if device.type == "cpu":
@@ -132,12 +138,12 @@ def gradients_differ_by(case, checkpointing, is_compiled, device):
 
 def measure(case):
     """Return the results of one case. On a GPU its tensors are gone when the process ends."""
-    device = torch.device(case["device"] if case["device"] != "auto" else "cuda" * torch.cuda.is_available() or "cpu")
+    device = device_of(case)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     peak = case["peak_tflops"] * 1e12 if case["peak_tflops"] else PEAK_FLOP_PER_SECOND.get(name)
     if peak is None:
         raise SystemExit(f"error: the peak of {name or 'a CPU'} is unknown, give --peak-tflops")
-    checkpointing = way_to_checkpoint(case, model_config(case), device)
+    checkpointing = way_to_checkpoint(case)
     is_compiled = case["compile"] == "on" or (case["compile"] == "auto" and device.type == "cuda")
     difference = None
     if case["tokens"] <= CHECKED_TOKENS:
@@ -154,7 +160,7 @@ def measure(case):
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(case["trace"] or Path(folder, "trace.json"))
         steps.profiled(trace)
-        kinds, kernels = seconds_by_kind(trace)
+        kinds, kernels = seconds_by_kind(trace, on_gpu=device.type == "cuda")
     step_seconds = statistics.median(seconds[WARMUP:])
     flop, attention_flop = model_flop(steps.model, case["tokens"])
     return {
@@ -186,7 +192,8 @@ def answer(case):
     try:
         return measure(case)
     except torch.cuda.OutOfMemoryError as error:
-        return {"failure": f"out of memory: {str(error).splitlines()[0]}"}
+        failure = f"{OUT_OF_MEMORY}: {str(error).splitlines()[0]}"
+        return {"failure": failure, "checkpointing": way_to_checkpoint(case)}
 
 
 def in_a_process(case, limit_seconds):
@@ -205,6 +212,14 @@ def in_a_process(case, limit_seconds):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         return json.loads(path.read_text()) if path.exists() else {"failure": f"ended with exit code {code}"}
+
+
+def with_less_kept(case, result):
+    """Return the case with the next way to checkpoint, if it ran out of memory and the choice was ours, else None."""
+    ways, way = list(KEPT_BYTES), result.get("checkpointing")
+    if case["checkpointing"] != "auto" or not result.get("failure", "").startswith(OUT_OF_MEMORY) or way == ways[-1]:
+        return None
+    return {**case, "checkpointing": ways[ways.index(way) + 1]}
 
 
 def report(result, case, shortest):
@@ -257,9 +272,14 @@ def main():
         shortest = None
         for tokens in sorted(options.tokens):
             case = {**shared, "preset": preset, "tokens": tokens}
-            result = in_a_process(case, options.limit)
+            attempt = case
+            while attempt:
+                result = in_a_process(attempt, options.limit)
+                if "failure" in result:
+                    way = f" (checkpointing {result['checkpointing']})" if "checkpointing" in result else ""
+                    print(f"{preset} {tokens:>9,} tokens{way}: {result['failure']}", flush=True)
+                attempt = with_less_kept(case, result)
             if "failure" in result:
-                print(f"{preset} {tokens:>9,} tokens: {result['failure']}", flush=True)
                 continue
             per_token = result["seconds"] / tokens
             shortest = shortest or (tokens, per_token)

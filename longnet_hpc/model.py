@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -142,15 +143,15 @@ class LongNet(nn.Module):
         """Number of parameters, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Let `torch.compile` make the graph of a block, one for all of them, when it is first called.
 
         Each shape, plan and way to checkpoint has its own graph.
 
         Parameters
         ----------
-        backend : str
-            Who makes code of the graph, by torch's name.
+        backend : str or callable
+            Who makes code of the graph, as `torch.compile` takes it.
 
         Raises
         ------

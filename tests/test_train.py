@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from longnet_hpc import LongNet, LongNetConfig
 from longnet_hpc.checkpoint import find_checkpoint, load_checkpoint
@@ -81,6 +82,24 @@ def test_update_is_that_of_adamw_with_clipping_and_decay_on_matrices_only():
         torch.testing.assert_close(parameter.detach().double(), theirs[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_update_on_a_gpu_is_that_on_the_cpu_after_a_resumption_too():
+    torch.manual_seed(0)
+    model = LongNet(MODEL)
+    models = model, copy.deepcopy(model).cuda()
+    gradients = torch.randn(4, model.parameter_count)
+    optimizers = [Optimizer(each, OptimizerConfig()) for each in models]
+    for step, gradient in enumerate(gradients):
+        if step == 2:
+            state = {name: tensor.clone() for name, tensor in optimizers[1].state().items()}
+            optimizers[1] = Optimizer(models[1], OptimizerConfig())
+            optimizers[1].load_state(state, step)
+        for each, optimizer in zip(models, optimizers, strict=True):
+            optimizer.step(gradient.to(each.norm.weight.device, copy=True), 0.01)
+    for expected, actual in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_step_reports_the_mean_loss_of_the_untouched_model(corpus_path):
     with Corpus(corpus_path) as corpus:
         trainer = Trainer(config(batch_size=3, shuffle=False), start(device="cpu"), corpus)
@@ -115,9 +134,12 @@ def test_activation_checkpointing_changes_memory_not_losses(corpus_path):
 def test_compiled_training_has_the_same_losses(corpus_path, monkeypatch):
     plain, trainer = losses(corpus_path, 3)
     assert not trainer.compiled  # on a CPU that is not the default
-    monkeypatch.setattr(LongNet, "compile_blocks", partialmethod(LongNet.compile_blocks, "aot_eager"))
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(LongNet, "compile_blocks", partialmethod(LongNet.compile_blocks, counter))
     compiled, trainer = losses(corpus_path, 3, compile="on", activation_checkpointing=True)
     assert trainer.compiled
+    assert counter.frame_count == 1  # for all blocks and steps
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
