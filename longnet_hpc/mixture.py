@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longnet_hpc.attention import choose_backend
-from longnet_hpc.attention.branch import Output, attend, attend_backward
+from longnet_hpc.attention.backend import Output
+from longnet_hpc.attention.branch import attend, attend_backward, attend_pieces, attend_pieces_backward
 from longnet_hpc.attention.sums import gradient_sum, softmax_sum, wide_dtype
 from longnet_hpc.exchange import Rows
-from longnet_hpc.grids import piece_grids, row_grids
+from longnet_hpc.grids import row_grids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,9 +72,10 @@ def _forward(
         progress = _driving(flights)
 
         total = softmax_sum(q)
-        for index, branch, run in its_plan.pieces:
-            pairs = piece_grids(branch, run, heads, kv_heads)
-            attend(backend, q, k, v, pairs, total, causal=causal, scale=scale, first=index == 0, progress=progress)
+        result = attend_pieces(
+            *(backend, q, k, v, its_plan.pieces, total),
+            causal=causal, scale=scale, alone=not exchanges, progress=progress,
+        )  # fmt: skip
         received = []
         for (branch, exchange), flight in zip(exchanges, flights, strict=True):
             received.append(exchange.finish(flight, k))
@@ -81,7 +83,7 @@ def _forward(
                 pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
                 attend(backend, q, *rows, pairs, total, causal=False, scale=scale, first=False, progress=progress)
         its_plan.count_seconds(flights)
-        out, lse = total.result()
+        out, lse = result or total.result()
     return out, lse, received
 
 
@@ -121,11 +123,9 @@ def _backward(
             flights.append(exchange.start_adjoint(row_grads, k))
         its_plan.bytes_received += sum(flight.bytes_received for flight in flights)
 
-        for _, branch, run in its_plan.pieces:
-            pairs = piece_grids(branch, run, heads, kv_heads)
-            attend_backward(
-                *(backend, q, k, v, pairs, output, dq, dk, dv), causal=causal, scale=scale, progress=progress
-            )
+        attend_pieces_backward(
+            *(backend, q, k, v, its_plan.pieces, output, dq, dk, dv), causal=causal, scale=scale, progress=progress
+        )
         for (_, exchange), flight in zip(exchanges, flights, strict=True):
             exchange.finish_adjoint(flight, k, dk, dv)
         its_plan.count_seconds(flights)

@@ -55,6 +55,70 @@ def test_cudnn_kernels_equal_the_oracle_with_merged_statistics(dtype, causal, he
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+HOPPER_CASES = {
+    "merged in the dense grid": (2, 1024, 4, 4, (256, 512, 1024), (1, 2, 3)),
+    "shared key/value heads": (1, 1024, 6, 2, (256, 1024), (1, 4)),
+    "last segment shorter": (1, 1000, 4, 4, (256, 512), (1, 2)),
+    "queries on no grid": (2, 768, 3, 3, (256, 768), (2, 5)),
+    "segments of any length": (1, 1090, 6, 6, (300, 545, 1090), (1, 2, 4)),
+    "one dense segment": (2, 700, 2, 2, (700,), (1,)),
+    "pieces that do not fill the sequences": (2, 1090, 6, 3, (300, 545, 1090), (1, 2, 4)),
+    "fewer rows than a tile, and none": (1, 320, 8, 8, (64, 4, 320), (1, 6, 7)),
+    "two dense branches": (1, 512, 2, 2, (128, 512), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER_CASES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hopper_kernels_equal_the_oracle(dtype, causal, head_dim, name):
+    needs_hopper()
+    batch, seq, heads, kv_heads, *pattern = HOPPER_CASES[name]
+    case = Case(batch, seq, heads, kv_heads, head_dim, *pattern, causal, seed=head_dim)
+    for actual, expected in zip(*on_gpu(case, dtype, backend="hopper"), strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", ["hopper", "library"])
+def test_deterministic_algorithms_give_the_same_bits(backend):
+    if backend == "hopper":
+        needs_hopper()
+    x = torch.randn(4, 1, 4096, 4, 64, device="cuda", dtype=torch.bfloat16)
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            leaves = [part.clone().requires_grad_() for part in x[:3]]
+            out = dilated_attention(*leaves, [512, 4096], [1, 3], causal=True, backend=backend)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, x[3])])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_forward_is_captured_in_a_graph():
+    needs_hopper()
+    x = torch.randn(3, 2, 1024, 4, 64, device="cuda", dtype=torch.bfloat16)
+
+    def attention():
+        return dilated_attention(*x, [256, 1024], [1, 4], causal=True, backend="hopper")
+
+    expected = attention()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention()
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def needs_hopper():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+
+
 def test_layouts_of_output_and_gradient_may_change_between_equal_queries():
     """Torch looks cuDNN's plans up by the layouts of q, k and v alone."""
     case = Case(2, 600, 4, 4, 64, (600,), (1,), True, seed=0)

@@ -13,13 +13,14 @@ import torch
 
 from longnet_hpc.attention.backend import Backend
 from longnet_hpc.attention.cudnn import CUDNN
+from longnet_hpc.attention.hopper import HOPPER
 from longnet_hpc.attention.library import LIBRARY
 from longnet_hpc.attention.reference import REFERENCE
 from longnet_hpc.errors import BackendError
 
 __all__ = ["BACKENDS", "Backend", "choose_backend"]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CUDNN, LIBRARY, REFERENCE)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (HOPPER, CUDNN, LIBRARY, REFERENCE)}
 """Every backend by name, the preferred one first."""
 
 

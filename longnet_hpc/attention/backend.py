@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-__all__ = ["Backend"]
+from longnet_hpc.partition import Run
+from longnet_hpc.pattern import Branch
+
+if TYPE_CHECKING:
+    from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
+
+__all__ = ["AllPieces", "Backend", "Output", "Piece"]
+
+Piece = tuple[int, Branch, Run]
+"""Equal pieces of segments of one branch, with the number of the branch."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The merged softmax, and the gradient of its output."""
+
+    dout: torch.Tensor
+    """Gradient of the output, ``(batch, seq, heads, head_dim)``, in the dtype of the queries."""
+    out: torch.Tensor
+    """Merged output, shaped and typed alike."""
+    lse: torch.Tensor
+    """Merged log-sum-exp, ``(batch, seq, heads)``."""
 
 
 class Supports(Protocol):
@@ -52,6 +74,68 @@ class Backward(Protocol):
         """
 
 
+class PiecesForward(Protocol):
+    """Attention of all pieces of a slice at once."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pieces: Sequence[Piece],
+        total: SoftmaxCollector,
+        *,
+        causal: bool,
+        scale: float,
+        alone: bool,
+        progress: Callable[[], object],
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Attend within every piece and add to ``total``; where nothing else is added, the result may be returned.
+
+        Parameters as for `branch.attend_pieces`.
+        """
+
+
+class PiecesBackward(Protocol):
+    """Gradients of `PiecesForward` inside a larger softmax."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pieces: Sequence[Piece],
+        output: Output,
+        dq: GradientCollector,
+        dk: GradientCollector,
+        dv: GradientCollector,
+        *,
+        causal: bool,
+        scale: float,
+        progress: Callable[[], object],
+    ) -> None:
+        """Add the gradients of every piece onto three sums."""
+
+
+class TakesPieces(Protocol):
+    """Whether a backend computes some pieces at once."""
+
+    def __call__(self, q: torch.Tensor, pieces: Sequence[Piece], *, backward: bool) -> bool:
+        """Answer for queries of such a shape."""
+
+
+@dataclass(frozen=True)
+class AllPieces:
+    """A way to compute all pieces of a slice at once."""
+
+    takes: TakesPieces
+    """Whether it can."""
+    forward: PiecesForward
+    """Outputs and log-sum-exp."""
+    backward: PiecesBackward
+    """The adjoint, with merged statistics."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute attention over the rows of one grid."""
@@ -64,3 +148,5 @@ class Backend:
     """Outputs and log-sum-exp."""
     backward: Backward
     """The adjoint, with merged statistics."""
+    pieces: AllPieces | None = None
+    """A faster way to compute all pieces of a slice."""

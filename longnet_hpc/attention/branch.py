@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from longnet_hpc.attention.backend import Backend
+from longnet_hpc.attention.backend import Backend, Output, Piece
 from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
 from longnet_hpc.attention.views import MAX_PIECES, batches, grid_view
-from longnet_hpc.grids import Grid, limited
+from longnet_hpc.grids import Grid, limited, piece_grids
 
-__all__ = ["Output", "attend", "attend_backward"]
+__all__ = ["attend", "attend_backward", "attend_pieces", "attend_pieces_backward"]
 
 Pairs = Sequence[tuple[Grid, Grid]]
 """Query grids, each with the grid of the keys that they see."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """The merged softmax, and the gradient of its output."""
-
-    dout: torch.Tensor
-    """Gradient of the output, ``(batch, seq, heads, head_dim)``, in the dtype of the queries."""
-    out: torch.Tensor
-    """Merged output, shaped and typed alike."""
-    lse: torch.Tensor
-    """Merged log-sum-exp, ``(batch, seq, heads)``."""
 
 
 def attend(
@@ -103,3 +90,66 @@ def attend_backward(
 
 def _most_pieces(q: torch.Tensor) -> int:
     return max(1, MAX_PIECES // max(1, q.shape[0]))
+
+
+def attend_pieces(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: Sequence[Piece],
+    total: SoftmaxCollector,
+    *,
+    causal: bool,
+    scale: float,
+    alone: bool,
+    progress: Callable[[], object],
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attend the queries of every piece to the keys of the same piece, and merge.
+
+    Parameters
+    ----------
+    backend, q, k, v, total, causal, scale, progress
+        As for `attend`; keys are those of the same tokens.
+    pieces : sequence of Piece
+        All pieces of this slice.
+    alone : bool
+        Whether nothing else is added to ``total``.
+
+    Returns
+    -------
+    tuple of torch.Tensor or None
+        Output and log-sum-exp, if nothing was added to ``total`` since they could be made at once.
+    """
+    if backend.pieces is not None and backend.pieces.takes(q, pieces, backward=False):
+        return backend.pieces.forward(
+            *(q, k, v, pieces, total), causal=causal, scale=scale, alone=alone, progress=progress
+        )
+    for index, branch, run in pieces:
+        pairs = piece_grids(branch, run, q.shape[2], k.shape[2])
+        attend(backend, q, k, v, pairs, total, causal=causal, scale=scale, first=index == 0, progress=progress)
+    return None
+
+
+def attend_pieces_backward(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: Sequence[Piece],
+    output: Output,
+    dq: GradientCollector,
+    dk: GradientCollector,
+    dv: GradientCollector,
+    *,
+    causal: bool,
+    scale: float,
+    progress: Callable[[], object],
+) -> None:
+    """Add the gradients of `attend_pieces` onto three sums (adjoint; parameters as there, with merged statistics)."""
+    if backend.pieces is not None and backend.pieces.takes(q, pieces, backward=True):
+        backend.pieces.backward(*(q, k, v, pieces, output, dq, dk, dv), causal=causal, scale=scale, progress=progress)
+        return
+    for _, branch, run in pieces:
+        pairs = piece_grids(branch, run, q.shape[2], k.shape[2])
+        attend_backward(*(backend, q, k, v, pairs, output, dq, dk, dv), causal=causal, scale=scale, progress=progress)

@@ -55,7 +55,7 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not _takes(q, k, v):
+    if not _takes(q, k, v) or torch.are_deterministic_algorithms_enabled():  # flash attention has a fixed order, too
         return LIBRARY.backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
     # Torch looks its plans up by the layouts of q, k and v alone; those of the others must follow from q's.
     if not q.stride() == dout.stride() == out.stride():

@@ -13,14 +13,16 @@ import triton.language as tl
 from longnet_hpc.attention.part_kernels import gradient_kernel, softmax_kernel
 from longnet_hpc.grids import Grid
 
-__all__ = ["GradientParts", "SoftmaxParts"]
+__all__ = ["COLUMNS", "LONGEST", "GradientParts", "SoftmaxParts"]
 
-_COLUMNS = 14
+COLUMNS = 14
 """Numbers in an entry of the table, see `_entries`."""
-_LONGEST = 2**31 - 1
+LONGEST = 2**31 - 1
 """Tokens of a slice that kernels can count; a longer step means that there is but one piece, or row."""
 _TOKENS = 32
 """Tokens that one program visits."""
+_WARPS = 2
+"""Warps of a program, where rows have up to 64 columns."""
 
 
 class SoftmaxParts:
@@ -70,6 +72,8 @@ class GradientParts:
     def result(self) -> torch.Tensor:
         """Return the sum in the dtype of the tensor."""
         x = self._x
+        if len(self._parts) == 1 and self._parts[0][1].rows == x.shape[1] and self._parts[0][2].numel() == x.numel():
+            return self._parts[0][2].transpose(1, 2).to(x.dtype).contiguous()  # one part of everything
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         entries = [entry for part in self._parts for entry in _entries(*part, None)]
         _launch(gradient_kernel, entries, x, out)
@@ -90,7 +94,7 @@ def _entries(sequences: slice, grid: Grid, part: torch.Tensor, lse: torch.Tensor
     for number in range(grid.heads):
         entry = [
             grid.start + grid.first_row + number * grid.row_step,
-            *(min(grid.length, _LONGEST), grid.count, grid.rows, min(grid.rate, _LONGEST)),
+            *(min(grid.length, LONGEST), grid.count, grid.rows, min(grid.rate, LONGEST)),
             *(sequences.start, sequences.stop),
             part.data_ptr() + number * part.stride(1) * part.element_size(),
             *(part.stride(0), part.stride(2)),
@@ -111,10 +115,10 @@ def _launch(kernel: object, entries: list[tuple[int, list[int]]], x: torch.Tenso
     by_head: list[list[int]] = [[] for _ in range(heads)]
     for head, entry in entries:
         by_head[head] += entry
-    most = max(len(row) for row in by_head) // _COLUMNS
-    nothing = [0, 1, 0, 0, 1, *[0] * (_COLUMNS - 5)]  # no piece, so no row
+    most = max(len(row) for row in by_head) // COLUMNS
+    nothing = [0, 1, 0, 0, 1, *[0] * (COLUMNS - 5)]  # no piece, so no row
     for row in by_head:
-        row += nothing * (most - len(row) // _COLUMNS)
+        row += nothing * (most - len(row) // COLUMNS)
     table = torch.tensor(by_head, dtype=torch.int64).to(x.device, non_blocking=True)
     width = triton.next_power_of_2(head_dim)
     kernel[(triton.cdiv(seq, _TOKENS) * batch, heads)](  # type: ignore[index]
@@ -124,8 +128,8 @@ def _launch(kernel: object, entries: list[tuple[int, list[int]]], x: torch.Tenso
         D=head_dim,
         WIDTH=width,
         TOKENS=_TOKENS,
-        COLUMNS=_COLUMNS,
-        num_warps=2 if width <= 64 else 4,
+        COLUMNS=COLUMNS,
+        num_warps=_WARPS if width <= 64 else 2 * _WARPS,
     )
 
 

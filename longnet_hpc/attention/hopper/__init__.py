@@ -1,0 +1,35 @@
+"""Attention of all pieces of a slice in few launches, by kernels written for Hopper GPUs.
+
+The copy engine reads the rows of every grid where they lie, so nothing is gathered. The dense branch is computed last
+and starts its softmax from what the others left, so nothing is merged afterwards. What these kernels do not take (rows
+that came from other ranks, for instance) goes to cuDNN.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from longnet_hpc.attention.backend import AllPieces, Backend
+from longnet_hpc.attention.cudnn import CUDNN
+from longnet_hpc.attention.hopper.pieces import backward, forward, takes
+
+__all__ = ["HOPPER"]
+
+
+def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return head_dim in (64, 128) and CUDNN.supports(device, dtype, head_dim) and _can_launch(device)
+
+
+@cache
+def _can_launch(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and all(
+        find_spec(name.partition(".")[0]) and find_spec(name) for name in ("cuda.bindings", "triton")
+    )
+
+
+HOPPER = Backend(
+    "hopper", _supports, CUDNN.forward, CUDNN.backward, AllPieces(takes=takes, forward=forward, backward=backward)
+)

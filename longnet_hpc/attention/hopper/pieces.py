@@ -1,0 +1,132 @@
+"""Which launches compute the pieces of a slice, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from longnet_hpc.attention.backend import Output, Piece
+from longnet_hpc.attention.hopper.backward import MAX_JOBS, BackwardJob, backward_job, run_backward
+from longnet_hpc.attention.hopper.forward import ForwardJob, can_merge, compact_job, dense_job, run_forward
+from longnet_hpc.attention.hopper.jobs import Rows
+from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
+from longnet_hpc.grids import Grid, piece_grids
+
+__all__ = ["backward", "forward", "takes"]
+
+_Job = TypeVar("_Job", ForwardJob, BackwardJob)
+
+
+def takes(q: torch.Tensor, pieces: Sequence[Piece], *, backward: bool) -> bool:
+    """Return whether the kernels compute such pieces.
+
+    The pieces of all sequences have to be one dim of a strided view. Gradients of queries are added up in no fixed
+    order, so where torch's deterministic algorithms are asked for, others compute them.
+    """
+    batch, seq = q.shape[:2]
+    if backward and torch.are_deterministic_algorithms_enabled():
+        return False
+    return q.numel() > 0 and all(batch == 1 or run.count == 1 or run.count * run.length == seq for _, _, run in pieces)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: Sequence[Piece],
+    total: SoftmaxCollector,
+    *,
+    causal: bool,
+    scale: float,
+    alone: bool,
+    progress: Callable[[], object],
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attend within all pieces; see `attention.branch.attend_pieces`."""
+    q, k, v = (_fills(x) for x in (q, k, v))
+    last = _dense_pieces(q, pieces) if alone else []
+    others = [piece for piece in pieces if piece not in last]
+    if not can_merge([_rows(piece) for piece in others], [_rows(piece) for piece in last], q.shape[3]):
+        last, others = [], list(pieces)
+    jobs = [compact_job(q, _rows(piece)) for piece in others]
+    for some in _batched(jobs):
+        run_forward(q, k, v, some, causal=causal, scale=scale)
+        progress()
+    if last:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        for some in _batched([dense_job(_rows(piece), out, lse) for piece in last]):
+            run_forward(q, k, v, some, jobs, causal=causal, scale=scale)
+        return out, lse
+    for piece, job in zip(others, jobs, strict=True):
+        for grid, _, heads in _bundles(piece, q, k):
+            part = job.out.transpose(1, 2)[:, heads, : grid.rows]
+            total.add(slice(0, q.shape[0]), grid, part, job.lse[:, heads, : grid.rows], first=piece[0] == 0)
+    return None
+
+
+def backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: Sequence[Piece],
+    output: Output,
+    dq: GradientCollector,
+    dk: GradientCollector,
+    dv: GradientCollector,
+    *,
+    causal: bool,
+    scale: float,
+    progress: Callable[[], object],
+) -> None:
+    """Add the gradients of `forward`; see `attention.branch.attend_pieces_backward`."""
+    from longnet_hpc.attention.hopper.statistics import find_statistics
+
+    q, k, v = (_fills(x) for x in (q, k, v))
+    dout = output.dout.contiguous()
+    batch, seq, heads, _ = q.shape
+    jobs = [backward_job(q, _rows(piece)) for piece in pieces]
+    find_statistics(output.out, dout, output.lse, jobs)
+    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    for some in _batched(jobs):
+        run_backward(dout, q, k, v, dq_sum, some, causal=causal, scale=scale)
+        progress()
+    everything = slice(0, batch)
+    dq.add(everything, Grid(0, seq, 1, seq, 1, 0, 0, 0, 1, heads), dq_sum.transpose(1, 2))
+    for piece, job in zip(pieces, jobs, strict=True):
+        for grid, kv_grid, its_heads in _bundles(piece, q, k):
+            for sums, part in ((dk, job.dk), (dv, job.dv)):
+                sums.add(everything, kv_grid, part.transpose(1, 2)[:, its_heads, : grid.rows])
+
+
+def _rows(piece: Piece) -> Rows:
+    return Rows.of(piece[1], piece[2])
+
+
+def _fills(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x``, copied if its sequences do not follow one another evenly, or if some are one and the same."""
+    batch, seq, _, _ = x.shape
+    even = (batch == 1 or x.stride(0) == seq * x.stride(1)) and 0 not in x.stride()
+    return x if even else x.contiguous()
+
+
+def _dense_pieces(q: torch.Tensor, pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces of a branch on whose grids every query lies, or none."""
+    for index in dict.fromkeys(piece[0] for piece in pieces):
+        its = [piece for piece in pieces if piece[0] == index]
+        if its[0][1].dilation_rate == 1 and sum(run.count * run.length for _, _, run in its) == q.shape[1]:
+            return its
+    return []
+
+
+def _bundles(piece: Piece, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[Grid, Grid, slice]]:
+    """Yield the grids of a piece, those of their keys, and which heads of a compact result are theirs."""
+    for grid, kv_grid in piece_grids(piece[1], piece[2], q.shape[2], k.shape[2]):
+        step = max(1, grid.head_step)
+        yield grid, kv_grid, slice(grid.first_head, grid.first_head + (grid.heads - 1) * step + 1, step)
+
+
+def _batched(jobs: Sequence[_Job]) -> Iterator[Sequence[_Job]]:
+    for first in range(0, len(jobs), MAX_JOBS):
+        yield jobs[first : first + MAX_JOBS]
