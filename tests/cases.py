@@ -49,3 +49,17 @@ def cases(draw, max_seq=72):
         causal=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+HOPPER_CASES = {
+    "merged in the dense grid": (2, 512, 3, 3, (128, 256, 512), (1, 2, 3)),
+    "shared key/value heads": (1, 512, 4, 2, (128, 512), (1, 4)),
+    "last segment shorter": (1, 488, 2, 2, (128, 256), (1, 2)),
+    "queries on no grid": (2, 384, 3, 3, (128, 384), (2, 5)),
+    "segments of any length": (1, 545, 3, 3, (150, 300, 545), (1, 2, 4)),
+    "one dense segment": (2, 350, 2, 2, (350,), (1,)),
+    "pieces that do not fill the sequences": (2, 545, 2, 1, (150, 300, 545), (1, 2, 4)),
+    "fewer rows than a tile, and none": (1, 320, 8, 8, (64, 4, 320), (1, 6, 7)),
+    "two dense branches": (1, 256, 2, 2, (64, 256), (1, 1)),
+}
+"""Batch, tokens, heads, key/value heads and pattern of cases that take different ways through kernels for Hopper."""

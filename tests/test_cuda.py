@@ -3,7 +3,7 @@
 import oracle
 import pytest
 import torch
-from cases import Case, cases
+from cases import HOPPER_CASES, Case, cases
 from hypothesis import given, settings
 from parallel_case import assert_all_close, cut, own_slice
 
@@ -53,19 +53,6 @@ def test_cudnn_kernels_equal_the_oracle_with_merged_statistics(dtype, causal, he
     case = Case(2, 1090, 6, kv_heads, head_dim, (300, 545, 1090), (1, 2, 4), causal, seed=head_dim)
     for actual, expected in zip(*on_gpu(case, dtype, backend="cudnn"), strict=True):
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-HOPPER_CASES = {
-    "merged in the dense grid": (2, 1024, 4, 4, (256, 512, 1024), (1, 2, 3)),
-    "shared key/value heads": (1, 1024, 6, 2, (256, 1024), (1, 4)),
-    "last segment shorter": (1, 1000, 4, 4, (256, 512), (1, 2)),
-    "queries on no grid": (2, 768, 3, 3, (256, 768), (2, 5)),
-    "segments of any length": (1, 1090, 6, 6, (300, 545, 1090), (1, 2, 4)),
-    "one dense segment": (2, 700, 2, 2, (700,), (1,)),
-    "pieces that do not fill the sequences": (2, 1090, 6, 3, (300, 545, 1090), (1, 2, 4)),
-    "fewer rows than a tile, and none": (1, 320, 8, 8, (64, 4, 320), (1, 6, 7)),
-    "two dense branches": (1, 512, 2, 2, (128, 512), (1, 1)),
-}
 
 
 @pytest.mark.parametrize("name", HOPPER_CASES)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from longnet_hpc.attention.hopper.jobs import Rows, maps
-from longnet_hpc.attention.hopper.launch import compiled, launch, source_of
+from longnet_hpc.attention.hopper.launch import compiled, launch, most_programs, source_of
 
 __all__ = ["BackwardJob", "backward_job", "query_block", "run_backward"]
 
@@ -111,5 +111,5 @@ def run_backward(
     function = compiled(
         source_of("backward.cu", q.dtype, tuple(settings.items())), "backward", shared_bytes, q.device.index
     )
-    programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(tiles, most_programs(q.device))
     launch(function, programs, 3 * 128, shared_bytes, packed)

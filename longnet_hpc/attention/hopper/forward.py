@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from longnet_hpc.attention.hopper.jobs import Rows, maps
-from longnet_hpc.attention.hopper.launch import compiled, launch, source_of
+from longnet_hpc.attention.hopper.launch import compiled, launch, most_programs, source_of
 
 __all__ = ["ForwardJob", "can_merge", "compact_job", "dense_job", "run_forward"]
 
@@ -155,5 +155,5 @@ def run_forward(
     function = compiled(
         source_of("forward.cu", q.dtype, tuple(settings.items())), "forward", shared_bytes, q.device.index
     )
-    programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(tiles, most_programs(q.device))
     launch(function, programs, (groups + 1) * 128, shared_bytes, packed)

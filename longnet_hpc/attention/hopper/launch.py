@@ -12,7 +12,7 @@ import torch
 
 from longnet_hpc.attention.hopper.products import products
 
-__all__ = ["compiled", "launch", "source_of", "tensor_map"]
+__all__ = ["compiled", "launch", "most_programs", "source_of", "tensor_map"]
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -72,6 +72,11 @@ def compiled(source: str, name: str, shared_bytes: int, device_index: int) -> An
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return function
+
+
+def most_programs(device: torch.device) -> int:
+    """Return how many programs run at once where each fills a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(function: Any, programs: int, threads: int, shared_bytes: int, params: bytes) -> None:

@@ -1,0 +1,78 @@
+"""Kernels for Hopper on a CPU: built against `emulator/hopper.h` by g++, and run in place of the driver's launches."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+HEADER = Path(__file__).with_name("emulator") / "hopper.h"
+COMPILER = shutil.which("g++")
+PROGRAMS = 3
+"""Programs that share the tiles of a launch."""
+
+
+class StuckError(RuntimeError):
+    """No thread of a program can go on."""
+
+
+@functools.cache
+def library_of(source, name):
+    """Return the library of a kernel, which `launch` then calls."""
+    folder = Path(tempfile.mkdtemp(prefix="longnet-kernel-"))
+    launcher = f"""
+extern "C" int emulate(const Params* params, unsigned programs, unsigned threads, unsigned seed) {{
+    kernel_body = [=] {{ {name}(*params); }};
+    return run_programs(programs, threads, seed);
+}}
+"""
+    (folder / "kernel.cpp").write_text(source + launcher)
+    command = [COMPILER, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-Wno-psabi", "kernel.cpp", "-o", "kernel.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "kernel.so"))
+
+
+def source_of(file, dtype, settings):
+    """Return the source of a kernel with the emulator in place of the GPU's instructions."""
+    lines = [f"#define {name} {value}" for name, value in settings]
+    if dtype == torch.bfloat16:
+        lines.append("#define BFLOAT16")
+    kernel = (resources.files("longnet_hpc.attention.hopper") / file).read_text()
+    kernel = kernel.replace("    extern __shared__ __align__(1024) unsigned char memory[];\n", "")
+    return "\n".join([*lines, HEADER.read_text().replace("#pragma once", ""), kernel])
+
+
+def launch(library, programs, threads, shared_bytes, params):
+    """Run a kernel to its end."""
+    buffer = ctypes.create_string_buffer(len(params) + 64)
+    address = -(-ctypes.addressof(buffer) // 64) * 64
+    ctypes.memmove(address, params, len(params))
+    if library.emulate(ctypes.c_void_p(address), programs, threads, 0):
+        raise StuckError("no thread can go on")
+
+
+def tensor_map(x, offset, shape, stride, rows):
+    """Return what `launch.tensor_map` does, in the emulator's form."""
+    size = x.element_size()
+    words = [x.data_ptr() + offset * size, *shape, *(n * size for n in stride[1:]), rows, size]
+    return b"".join(int(word).to_bytes(8, "little") for word in words) + bytes(32)
+
+
+def install(patch):
+    """Put the emulator in the place of the GPU with a pytest monkeypatch."""
+    import sys
+
+    import longnet_hpc.attention.hopper  # noqa: F401
+
+    modules = {name: sys.modules[f"longnet_hpc.attention.hopper.{name}"] for name in ("forward", "backward", "jobs")}
+    for name in ("forward", "backward"):
+        module = modules[name]
+        patch.setattr(module, "source_of", source_of)
+        patch.setattr(module, "compiled", lambda source, name, shared_bytes, device: library_of(source, name))
+        patch.setattr(module, "launch", launch)
+        patch.setattr(module, "most_programs", lambda device: PROGRAMS)
+    patch.setattr(modules["jobs"], "tensor_map", tensor_map)
