@@ -340,8 +340,6 @@ inline u32 matrix(u32 address, u32 next_columns = 16) { return (address & 0x3FFF
 inline void product_fence() {}
 template <typename T, int N>
 void hold(T (&)[N]) {}
-template <int N>
-void done_before_here(const float (&)[N]) {}
 
 // Element (outer, inner) of a matrix in shared memory, where `inner` is the dim that a product sums over.
 inline float element(u32 matrix, int along_rows, int outer, int inner) {

@@ -19,7 +19,9 @@ struct Job {
 
 struct Params {
     Job jobs[MAX_JOBS];
-    int count, tiles;
+    u32* taken;  // how many tiles programs have taken so far
+    int count;
+    u32 tiles;
     float scale;
     float scale_log2;  // times log2(e)
 };
@@ -36,6 +38,8 @@ constexpr int STATISTICS_BYTES = 2 * BLOCK_Q * 4;
 constexpr int KV_SLOTS = HEAD_DIM == 64 ? 2 : 1;
 constexpr int RESULTS = HEAD_DIM == 64 ? 1 : 2;  // as shared memory allows
 constexpr int STAGES = 2;
+constexpr int TILES_AHEAD = 4;
+constexpr int TILE_READERS = 3;
 
 struct Tile {
     int job, piece, head, row, map, first, blocks, all;  // blocks of queries: the first, how many, and of all
@@ -52,7 +56,8 @@ struct alignas(1024) Shared {
     u64 kv_full[KV_SLOTS], kv_empty[KV_SLOTS];
     u64 q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
     u64 results_full[GROUPS][RESULTS], results_empty[GROUPS][RESULTS];
-    Tile tiles[KV_SLOTS];
+    Tile tiles[TILES_AHEAD];
+    u64 tile_full[TILES_AHEAD], tile_empty[TILES_AHEAD];
 };
 
 DEVICE u32 at(const u64& barrier) { return shared_address(&barrier); }
@@ -81,16 +86,27 @@ DEVICE Tile find_tile(const Params& params, int number) {
     return tile;
 }
 
-// The next tile of this program that has rows; `number` is where to look for it. Without any, its job is -1.
-DEVICE Tile next_tile(const Params& params, int& number) {
+// Take the next tile that has rows and tell the other warps; in the end, take one whose job is -1.
+DEVICE void take_tile(const Params& params, Shared& shared, u32 turn) {
     Tile tile;
     tile.job = -1;
-    while (number < params.tiles) {
+    for (u32 number; (number = atomicAdd(params.taken, 1u)) < params.tiles; tile.job = -1) {
         tile = find_tile(params, number);
-        number += gridDim.x;
-        if (tile.blocks > 0) return tile;
-        tile.job = -1;
+        if (!(tile.blocks == 0)) break;
     }
+    u32 slot = turn % TILES_AHEAD;
+    barrier_wait(at(shared.tile_empty[slot]), ((turn / TILES_AHEAD) & 1) ^ 1);
+    shared.tiles[slot] = tile;
+    barrier_arrive(at(shared.tile_full[slot]));
+}
+
+// The tile that was taken at this turn, for a thread that reads each of them once.
+DEVICE Tile next_tile(Shared& shared, u32& turn) {
+    u32 slot = turn % TILES_AHEAD;
+    barrier_wait(at(shared.tile_full[slot]), (turn / TILES_AHEAD) & 1);
+    Tile tile = shared.tiles[slot];
+    barrier_arrive(at(shared.tile_empty[slot]));
+    turn++;
     return tile;
 }
 
@@ -107,14 +123,13 @@ DEVICE void load(const TensorMap* map, u32 to, u32 barrier, int rows, int head, 
 
 // Keys and values of the tiles, what the tiles are, and in the end word that there are no more.
 DEVICE void produce_kv(const Params& params, Shared& shared) {
-    int number = blockIdx.x;
     Tile tile;
     u32 turn = 0;
     do {
         u32 slot = turn % KV_SLOTS, full = at(shared.kv_full[slot]);
-        tile = next_tile(params, number);
+        take_tile(params, shared, turn);
+        tile = shared.tiles[turn % TILES_AHEAD];
         barrier_wait(at(shared.kv_empty[slot]), ((turn / KV_SLOTS) & 1) ^ 1);
-        shared.tiles[slot] = tile;
         if (tile.job < 0) {
             barrier_arrive(full);
         } else {
@@ -130,9 +145,8 @@ DEVICE void produce_kv(const Params& params, Shared& shared) {
 
 // Queries, gradients of the output, and statistics.
 DEVICE void produce_q(const Params& params, Shared& shared) {
-    int number = blockIdx.x;
-    u32 n = 0;
-    for (Tile tile = next_tile(params, number); tile.job >= 0; tile = next_tile(params, number)) {
+    u32 n = 0, turn = 0;
+    for (Tile tile = next_tile(shared, turn); tile.job >= 0; tile = next_tile(shared, turn)) {
         const Job& job = params.jobs[tile.job];
         int offset = (tile.head + job.shift) % job.rate;
         const float* statistics =
@@ -157,8 +171,7 @@ DEVICE void produce_q(const Params& params, Shared& shared) {
 
 // What one warpgroup leaves in `results`: gradients of the queries block by block, then of values and of keys.
 DEVICE void store_results(const Params& params, Shared& shared, int group) {
-    int number = blockIdx.x;
-    u32 n = 0, from = 0;
+    u32 n = 0, turn = 0, from = 0;
     auto taken = [&] {
         commit_stores();
         wait_stores_read<0>();
@@ -168,7 +181,7 @@ DEVICE void store_results(const Params& params, Shared& shared, int group) {
         from = shared_address(shared.results[group][n % RESULTS]);
         barrier_wait(at(shared.results_full[group][n % RESULTS]), (n / RESULTS) & 1);
     };
-    for (Tile tile = next_tile(params, number); tile.job >= 0; tile = next_tile(params, number)) {
+    for (Tile tile = next_tile(shared, turn); tile.job >= 0; tile = next_tile(shared, turn)) {
         const Job& job = params.jobs[tile.job];
         int offset = (tile.head + job.shift) % job.rate;
         for (int i = 0; i < tile.blocks; i++) {
@@ -332,7 +345,7 @@ struct Consumer {
     DEVICE Tile fetch(u32 turn) {
         u32 slot = turn % KV_SLOTS;
         barrier_wait(at(shared.kv_full[slot]), (turn / KV_SLOTS) & 1);
-        Tile tile = shared.tiles[slot];
+        Tile tile = shared.tiles[turn % TILES_AHEAD];
         tile.job = uniform(tile.job), tile.row = uniform(tile.row), tile.first = uniform(tile.first);
         tile.blocks = uniform(tile.blocks), tile.all = uniform(tile.all);
         return tile;
@@ -354,9 +367,6 @@ struct Consumer {
         product_wait<1>();
         hold(scores);
         find_weights(shared.statistics[n % STAGES][0], block_of(tile, i) * BLOCK_Q, tile.row + group * 64);
-#ifdef EAGER
-        done_before_here(scores);
-#endif
         product_wait<0>();
         hold(slopes);
     }
@@ -403,15 +413,19 @@ struct Consumer {
             block<false>(tile, tile.blocks - 1, slot);
             release(shared.kv_empty[slot]);
             turn++;
+            if constexpr (KV_SLOTS == 1) store_gradients();  // while keys and values come
             tile = fetch(turn);
             if (tile.job < 0) break;
             slot = turn % KV_SLOTS;
             queue_scores_of(n, slot);
             queue_slopes_of(n, slot);
-            store_rows(dv, 1.0f);
-            store_rows(dk, params.scale);
+            if constexpr (KV_SLOTS > 1) store_gradients();  // while the products run
             scores_to_weights(tile, 0);
         }
+        if constexpr (KV_SLOTS > 1) store_gradients();
+    }
+
+    DEVICE void store_gradients() {
         store_rows(dv, 1.0f);
         store_rows(dk, params.scale);
     }
@@ -424,6 +438,10 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) backward(con
         for (int slot = 0; slot < KV_SLOTS; slot++) {
             barrier_init(at(shared.kv_full[slot]), 1);
             barrier_init(at(shared.kv_empty[slot]), GROUPS * 4);
+        }
+        for (int slot = 0; slot < TILES_AHEAD; slot++) {
+            barrier_init(at(shared.tile_full[slot]), 1);
+            barrier_init(at(shared.tile_empty[slot]), TILE_READERS);
         }
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(at(shared.q_full[stage]), 1);

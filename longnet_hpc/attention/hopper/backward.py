@@ -97,7 +97,8 @@ def run_backward(
         )
         tiles += row_tiles * pieces * heads
     packed += bytes((MAX_JOBS - len(jobs)) * (len(packed) // len(jobs)))
-    packed += struct.pack("<2i2f48x", len(jobs), tiles, scale, scale * math.log2(math.e))
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    packed += struct.pack("<Q2i2f40x", taken.data_ptr(), len(jobs), tiles, scale, scale * math.log2(math.e))
     settings = {"HEAD_DIM": head_dim, "CAUSAL": int(causal), "MAX_JOBS": MAX_JOBS}
     rows_bytes = head_dim * 2
     slots = 2 if head_dim == 64 else 1

@@ -30,7 +30,9 @@ struct Part {
 struct Params {
     Job jobs[MAX_JOBS];
     Part parts[PARTS ? PARTS : 1];
-    int count, tiles;
+    u32* taken;  // how many tiles programs have taken so far
+    int count;
+    u32 tiles;
     float scale;  // times log2(e)
 };
 
@@ -40,6 +42,8 @@ constexpr int HALVES = HEAD_DIM / 64;
 constexpr int Q_BYTES = BLOCK_M * HEAD_DIM * 2;
 constexpr int KV_BYTES = BLOCK_N * HEAD_DIM * 2;
 constexpr int Q_SLOTS = 2;
+constexpr int TILES_AHEAD = 4;
+constexpr int TILE_READERS = 3;
 constexpr float LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
 constexpr float LAZY = 8.0f;  // the running maximum may be so far behind, in powers of two
 constexpr int NOWHERE = 1 << 20;
@@ -62,7 +66,8 @@ struct alignas(1024) Shared {
     u64 q_full[Q_SLOTS][GROUPS], q_empty[Q_SLOTS], out_full[Q_SLOTS][GROUPS];
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     u64 parts_full[GROUPS], parts_empty;
-    Tile tiles[Q_SLOTS];
+    Tile tiles[TILES_AHEAD];
+    u64 tile_full[TILES_AHEAD], tile_empty[TILES_AHEAD];
     Window windows[GROUPS][PARTS ? PARTS : 1];
 };
 
@@ -90,16 +95,27 @@ DEVICE Tile find_tile(const Params& params, int number) {
     return tile;
 }
 
-// The next tile of this program that has rows; `number` is where to look for it. Without any, its job is -1.
-DEVICE Tile next_tile(const Params& params, int& number) {
+// Take the next tile that has rows and tell the other warps; in the end, take one whose job is -1.
+DEVICE void take_tile(const Params& params, Shared& shared, u32 turn) {
     Tile tile;
     tile.job = -1;
-    while (number < params.tiles) {
+    for (u32 number; (number = atomicAdd(params.taken, 1u)) < params.tiles; tile.job = -1) {
         tile = find_tile(params, number);
-        number += gridDim.x;
-        if (tile.row < tile.rows) return tile;
-        tile.job = -1;
+        if (!(tile.row >= tile.rows)) break;
     }
+    u32 slot = turn % TILES_AHEAD;
+    barrier_wait(at(shared.tile_empty[slot]), ((turn / TILES_AHEAD) & 1) ^ 1);
+    shared.tiles[slot] = tile;
+    barrier_arrive(at(shared.tile_full[slot]));
+}
+
+// The tile that was taken at this turn, for a thread that reads each of them once.
+DEVICE Tile next_tile(Shared& shared, u32& turn) {
+    u32 slot = turn % TILES_AHEAD;
+    barrier_wait(at(shared.tile_full[slot]), (turn / TILES_AHEAD) & 1);
+    Tile tile = shared.tiles[slot];
+    barrier_arrive(at(shared.tile_empty[slot]));
+    turn++;
     return tile;
 }
 
@@ -138,16 +154,15 @@ DEVICE void load_parts(const Params& params, Shared& shared, const Tile& tile, u
 
 // Queries of the tiles, what the tiles are, and in the end word that there are no more.
 DEVICE void produce_q(const Params& params, Shared& shared) {
-    int number = blockIdx.x;
     Tile tile;
     u32 turn = 0;
     do {
         u32 slot = turn % Q_SLOTS;
-        tile = next_tile(params, number);
-        barrier_wait(at(shared.q_empty[slot]), ((turn / Q_SLOTS) & 1) ^ 1);
         int g = threadIdx.x;
-        if (g == 0) shared.tiles[slot] = tile;
+        if (g == 0) take_tile(params, shared, turn);
         __syncwarp();
+        tile = shared.tiles[turn % TILES_AHEAD];
+        barrier_wait(at(shared.q_empty[slot]), ((turn / Q_SLOTS) & 1) ^ 1);
         if (g < GROUPS) {
             u32 full = at(shared.q_full[slot][g]);
             if (tile.job < 0) {
@@ -170,8 +185,8 @@ DEVICE void produce_kv(const Params& params, Shared& shared) {
     u64(&fulls)[STAGES] = VALUES ? shared.v_full : shared.k_full;
     u64(&empties)[STAGES] = VALUES ? shared.v_empty : shared.k_empty;
     u32 buffer = shared_address(VALUES ? shared.v : shared.k), n = 0;
-    int number = blockIdx.x;
-    for (Tile tile = next_tile(params, number); tile.job >= 0; tile = next_tile(params, number)) {
+    u32 turn = 0;
+    for (Tile tile = next_tile(shared, turn); tile.job >= 0; tile = next_tile(shared, turn)) {
         const Job& job = params.jobs[tile.job];
         const TensorMap* map = VALUES ? &job.v[tile.map] : &job.k[tile.map];
         int offset = (tile.head + job.shift) % job.rate, head = tile.head / job.group;
@@ -187,12 +202,11 @@ DEVICE void produce_kv(const Params& params, Shared& shared) {
 
 // Outputs of the tiles, from where their queries were.
 DEVICE void store_outputs(const Params& params, Shared& shared) {
-    int number = blockIdx.x;
     u32 turn = 0;
-    for (Tile tile = next_tile(params, number); tile.job >= 0; tile = next_tile(params, number)) {
-        u32 slot = turn % Q_SLOTS;
+    for (Tile tile = next_tile(shared, turn); tile.job >= 0; tile = next_tile(shared, turn)) {
+        u32 number = turn - 1, slot = number % Q_SLOTS;
         for (int g = 0; g < GROUPS; g++) {
-            barrier_wait(at(shared.out_full[slot][g]), (turn / Q_SLOTS) & 1);
+            barrier_wait(at(shared.out_full[slot][g]), (number / Q_SLOTS) & 1);
             int row = tile.row + g * BLOCK_M;
             if (row >= tile.rows) continue;
             for (int half = 0; half < HALVES; half++)
@@ -202,7 +216,6 @@ DEVICE void store_outputs(const Params& params, Shared& shared) {
         }
         wait_stores_read<0>();
         barrier_arrive(at(shared.q_empty[slot]));
-        turn++;
     }
     wait_stores<0>();
 }
@@ -450,7 +463,7 @@ struct Consumer {
         for (u32 turn = 0;; turn++) {
             u32 slot = turn % Q_SLOTS;
             barrier_wait(at(shared.q_full[slot][group]), (turn / Q_SLOTS) & 1);
-            Tile tile = shared.tiles[slot];
+            Tile tile = shared.tiles[turn % TILES_AHEAD];
             tile.job = uniform(tile.job), tile.row = uniform(tile.row), tile.blocks = uniform(tile.blocks);
             tile.rows = uniform(tile.rows);
             if (tile.job < 0) break;
@@ -520,6 +533,10 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) forward(cons
             for (int g = 0; g < GROUPS; g++) barrier_init(at(shared.q_full[slot][g]), 1);
             for (int g = 0; g < GROUPS; g++) barrier_init(at(shared.out_full[slot][g]), 4);
             barrier_init(at(shared.q_empty[slot]), 1);
+        }
+        for (int slot = 0; slot < TILES_AHEAD; slot++) {
+            barrier_init(at(shared.tile_full[slot]), 1);
+            barrier_init(at(shared.tile_empty[slot]), TILE_READERS);
         }
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(at(shared.k_full[stage]), 1);

@@ -146,7 +146,8 @@ def run_forward(
         )
         first += held
     packed += bytes(320 * (not parts))
-    packed += struct.pack("<2if52x", len(jobs), tiles, scale * math.log2(math.e))
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    packed += struct.pack("<Q2if44x", taken.data_ptr(), len(jobs), tiles, scale * math.log2(math.e))
     settings = {
         **{"HEAD_DIM": head_dim, "GROUPS": groups, "CAUSAL": int(causal), "STAGES": stages, "MAX_JOBS": MAX_JOBS},
         **{"PARTS": len(parts), "PARTS_ROWS": first},

@@ -155,15 +155,6 @@ DEVICE void hold(T (&registers)[N]) {
     }
 }
 
-// The assembler computes these positive numbers before what follows: it moves no computing over a branch that needs it.
-template <int N>
-DEVICE void done_before_here(const float (&numbers)[N]) {
-    u32 bits = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++) bits |= __float_as_uint(numbers[i]);
-    if (static_cast<int>(bits) < 0) asm volatile("nanosleep.u32 0;");
-}
-
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
 DEVICE float exp2_fast(float x) {
