@@ -60,8 +60,6 @@ struct alignas(1024) Shared {
     u64 tile_full[TILES_AHEAD], tile_empty[TILES_AHEAD];
 };
 
-DEVICE u32 at(const u64& barrier) { return shared_address(&barrier); }
-
 DEVICE Tile find_tile(const Params& params, int number) {
     Tile tile;
     int job = 0;
@@ -95,17 +93,17 @@ DEVICE void take_tile(const Params& params, Shared& shared, u32 turn) {
         if (!(tile.blocks == 0)) break;
     }
     u32 slot = turn % TILES_AHEAD;
-    barrier_wait(at(shared.tile_empty[slot]), ((turn / TILES_AHEAD) & 1) ^ 1);
+    barrier_wait(AT(tile_empty, slot), ((turn / TILES_AHEAD) & 1) ^ 1);
     shared.tiles[slot] = tile;
-    barrier_arrive(at(shared.tile_full[slot]));
+    barrier_arrive(AT(tile_full, slot));
 }
 
 // The tile that was taken at this turn, for a thread that reads each of them once.
 DEVICE Tile next_tile(Shared& shared, u32& turn) {
     u32 slot = turn % TILES_AHEAD;
-    barrier_wait(at(shared.tile_full[slot]), (turn / TILES_AHEAD) & 1);
+    barrier_wait(AT(tile_full, slot), (turn / TILES_AHEAD) & 1);
     Tile tile = shared.tiles[slot];
-    barrier_arrive(at(shared.tile_empty[slot]));
+    barrier_arrive(AT(tile_empty, slot));
     turn++;
     return tile;
 }
@@ -126,18 +124,18 @@ DEVICE void produce_kv(const Params& params, Shared& shared) {
     Tile tile;
     u32 turn = 0;
     do {
-        u32 slot = turn % KV_SLOTS, full = at(shared.kv_full[slot]);
+        u32 slot = turn % KV_SLOTS, full = AT(kv_full, slot);
         take_tile(params, shared, turn);
         tile = shared.tiles[turn % TILES_AHEAD];
-        barrier_wait(at(shared.kv_empty[slot]), ((turn / KV_SLOTS) & 1) ^ 1);
+        barrier_wait(AT(kv_empty, slot), ((turn / KV_SLOTS) & 1) ^ 1);
         if (tile.job < 0) {
             barrier_arrive(full);
         } else {
             const Job& job = params.jobs[tile.job];
             int offset = (tile.head + job.shift) % job.rate, head = tile.head / job.group;
             barrier_expect(full, 2 * KV_BYTES);
-            load(&job.k[tile.map], shared_address(shared.k[slot]), full, BLOCK_K, head, offset, tile.row, tile.piece);
-            load(&job.v[tile.map], shared_address(shared.v[slot]), full, BLOCK_K, head, offset, tile.row, tile.piece);
+            load(&job.k[tile.map], AT(k, slot), full, BLOCK_K, head, offset, tile.row, tile.piece);
+            load(&job.v[tile.map], AT(v, slot), full, BLOCK_K, head, offset, tile.row, tile.piece);
         }
         turn++;
     } while (tile.job >= 0);
@@ -153,16 +151,16 @@ DEVICE void produce_q(const Params& params, Shared& shared) {
             job.statistics + (static_cast<i64>(tile.piece) * job.heads + tile.head) * job.blocks * (2 * BLOCK_Q);
         for (int i = 0; i < tile.blocks; i++) {
             int block = block_of(tile, i);
-            u32 stage = n % STAGES, parity = ((n / STAGES) & 1) ^ 1, full = at(shared.q_full[stage]);
-            barrier_wait(at(shared.q_empty[stage]), parity);
+            u32 stage = n % STAGES, parity = ((n / STAGES) & 1) ^ 1, full = AT(q_full, stage);
+            barrier_wait(AT(q_empty, stage), parity);
             barrier_expect(full, Q_BYTES + STATISTICS_BYTES);
-            load(&job.q[tile.map], shared_address(shared.q[stage]), full, BLOCK_Q, tile.head, offset, block * BLOCK_Q,
+            load(&job.q[tile.map], AT(q, stage), full, BLOCK_Q, tile.head, offset, block * BLOCK_Q,
                  tile.piece);
-            copy_row(shared_address(shared.statistics[stage]), statistics + block * (2 * BLOCK_Q), STATISTICS_BYTES, full);
-            full = at(shared.dout_full[stage]);
-            barrier_wait(at(shared.dout_empty[stage]), parity);
+            copy_row(AT(statistics, stage), statistics + block * (2 * BLOCK_Q), STATISTICS_BYTES, full);
+            full = AT(dout_full, stage);
+            barrier_wait(AT(dout_empty, stage), parity);
             barrier_expect(full, Q_BYTES);
-            load(&job.dout[tile.map], shared_address(shared.dout[stage]), full, BLOCK_Q, tile.head, offset,
+            load(&job.dout[tile.map], AT(dout, stage), full, BLOCK_Q, tile.head, offset,
                  block * BLOCK_Q, tile.piece);
             n++;
         }
@@ -175,11 +173,11 @@ DEVICE void store_results(const Params& params, Shared& shared, int group) {
     auto taken = [&] {
         commit_stores();
         wait_stores_read<0>();
-        barrier_arrive(at(shared.results_empty[group][n++ % RESULTS]));
+        barrier_arrive(AT2(results_empty, group, n++ % RESULTS));
     };
     auto wait = [&] {
-        from = shared_address(shared.results[group][n % RESULTS]);
-        barrier_wait(at(shared.results_full[group][n % RESULTS]), (n / RESULTS) & 1);
+        from = AT2(results, group, n % RESULTS);
+        barrier_wait(AT2(results_full, group, n % RESULTS), (n / RESULTS) & 1);
     };
     for (Tile tile = next_tile(shared, turn); tile.job >= 0; tile = next_tile(shared, turn)) {
         const Job& job = params.jobs[tile.job];
@@ -209,19 +207,19 @@ struct Consumer {
     u32 n = 0, stored = 0;
     float scores[BLOCK_Q / 2], slopes[BLOCK_Q / 2];     // (64 keys, BLOCK_Q): probabilities, and their gradients
     u32 weights[BLOCK_Q / 4], weight_slopes[BLOCK_Q / 4];  // of half precision
-    float dk[HEAD_DIM / 2], dv[HEAD_DIM / 2], dq[32];
+    float dk[HEAD_DIM / 2], dv[HEAD_DIM / 2];
 
     DEVICE Consumer(const Params& params, Shared& shared, int group)
         : params(params), shared(shared), group(group), lane(threadIdx.x % 32),
           row_in_group(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) {}
 
-    DEVICE void release(u64& barrier) {
-        if (lane == 0) barrier_arrive(at(barrier));
+    DEVICE void release(u32 barrier) {
+        if (lane == 0) barrier_arrive(barrier);
     }
 
     // (64 keys, BLOCK_Q) = rows of keys or values times rows of queries or output gradients.
-    DEVICE void queue_scores(float (&sums)[BLOCK_Q / 2], const unsigned char* keys, const unsigned char* queries) {
-        u32 a = matrix(shared_address(keys) + group * 64 * 128), b = matrix(shared_address(queries));
+    DEVICE void queue_scores(float (&sums)[BLOCK_Q / 2], u32 keys, u32 queries) {
+        u32 a = matrix(keys + group * 64 * 128), b = matrix(queries);
         product_fence();
 #pragma unroll
         for (int step = 0; step < HEAD_DIM / 16; step++) {
@@ -233,9 +231,9 @@ struct Consumer {
     }
 
     // (64 keys, HEAD_DIM) += weights times rows of queries or output gradients.
-    DEVICE void queue_gradient(float (&sums)[HEAD_DIM / 2], const u32 (&a)[BLOCK_Q / 4], const unsigned char* queries,
+    DEVICE void queue_gradient(float (&sums)[HEAD_DIM / 2], const u32 (&a)[BLOCK_Q / 4], u32 queries,
                                bool more) {
-        u32 b = matrix(shared_address(queries), BLOCK_Q * 128);
+        u32 b = matrix(queries, BLOCK_Q * 128);
 #pragma unroll
         for (int step = 0; step < BLOCK_Q / 16; step++)
             PRODUCT_D<1>(sums, a + step * 4, b + step * (16 * 128 >> 4), more || step > 0);
@@ -243,17 +241,17 @@ struct Consumer {
     }
 
     // (64 queries, 64 columns) = transposed gradients of the scores times keys.
-    DEVICE void queue_dq(const unsigned char* ds, const unsigned char* keys) {
-        u32 a = matrix(shared_address(ds) + (Q_HALVES == 2 ? group * BLOCK_K * 128 : 0));
-        u32 b = matrix(shared_address(keys) + (HALVES == 2 ? group * BLOCK_K * 128 : 0));
+    DEVICE void queue_dq(float (&dq)[32], u32 ds, u32 keys) {
+        u32 a = matrix(ds + (Q_HALVES == 2 ? group * BLOCK_K * 128 : 0));
+        u32 b = matrix(keys + (HALVES == 2 ? group * BLOCK_K * 128 : 0));
 #pragma unroll
         for (int step = 0; step < BLOCK_K / 16; step++)
             product_64<1, 1>(dq, a + step * (16 * 128 >> 4), b + step * (16 * 128 >> 4), step > 0);
         product_commit();
     }
 
-    DEVICE void find_weights(const float* lse, int first_query, int first_key) {
-        u32 pairs = shared_address(lse) + lane % 4 * 8;
+    DEVICE void find_weights(u32 lse, int first_query, int first_key) {
+        u32 pairs = lse + lane % 4 * 8;
         bool hidden = CAUSAL && first_query < first_key + 63;
 #pragma unroll
         for (int j = 0; j < BLOCK_Q / 8; j++) {
@@ -272,8 +270,8 @@ struct Consumer {
         }
     }
 
-    DEVICE void find_slopes(const float* delta) {
-        u32 pairs = shared_address(delta) + lane % 4 * 8;
+    DEVICE void find_slopes(u32 delta) {
+        u32 pairs = delta + lane % 4 * 8;
 #pragma unroll
         for (int j = 0; j < BLOCK_Q / 8; j++) {
             float2 its = load_shared_pair(pairs + j * 32);
@@ -289,9 +287,9 @@ struct Consumer {
         hold(weight_slopes);
     }
 
-    DEVICE void share_slopes(unsigned char* ds) {
+    DEVICE void share_slopes(u32 ds) {
         int row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane % 16;
-        u32 to = shared_address(ds) + row * 128;
+        u32 to = ds + row * 128;
 #pragma unroll
         for (int c = 0; c < BLOCK_Q / 16; c++) {
             u32 chunk = (c % 4 * 2 + lane / 16) ^ (row & 7);
@@ -304,17 +302,17 @@ struct Consumer {
     // Where the next results go, once that is free.
     DEVICE u32 wait_results() {
         u32 slot = stored % RESULTS;
-        barrier_wait(at(shared.results_empty[group][slot]), ((stored / RESULTS) & 1) ^ 1);
-        return shared_address(shared.results[group][slot]);
+        barrier_wait(AT2(results_empty, group, slot), ((stored / RESULTS) & 1) ^ 1);
+        return AT2(results, group, slot);
     }
 
     DEVICE void results_ready() {
         fence_async();
         __syncwarp();
-        release(shared.results_full[group][stored++ % RESULTS]);
+        release(AT2(results_full, group, stored++ % RESULTS));
     }
 
-    DEVICE void store_dq() {
+    DEVICE void store_dq(const float (&dq)[32]) {
         u32 base = wait_results();
 #pragma unroll
         for (int j = 0; j < 8; j++)
@@ -344,7 +342,7 @@ struct Consumer {
     // The next tile of this program, once it is there; its job is negative if there is none.
     DEVICE Tile fetch(u32 turn) {
         u32 slot = turn % KV_SLOTS;
-        barrier_wait(at(shared.kv_full[slot]), (turn / KV_SLOTS) & 1);
+        barrier_wait(AT(kv_full, slot), (turn / KV_SLOTS) & 1);
         Tile tile = shared.tiles[turn % TILES_AHEAD];
         tile.job = uniform(tile.job), tile.row = uniform(tile.row), tile.first = uniform(tile.first);
         tile.blocks = uniform(tile.blocks), tile.all = uniform(tile.all);
@@ -353,20 +351,20 @@ struct Consumer {
 
     // Queue the scores of block number n, and their gradients.
     DEVICE void queue_scores_of(u32 number, u32 slot) {
-        barrier_wait(at(shared.q_full[number % STAGES]), (number / STAGES) & 1);
-        queue_scores(scores, shared.k[slot], shared.q[number % STAGES]);
+        barrier_wait(AT(q_full, number % STAGES), (number / STAGES) & 1);
+        queue_scores(scores, AT(k, slot), AT(q, number % STAGES));
     }
 
     DEVICE void queue_slopes_of(u32 number, u32 slot) {
-        barrier_wait(at(shared.dout_full[number % STAGES]), (number / STAGES) & 1);
-        queue_scores(slopes, shared.v[slot], shared.dout[number % STAGES]);
+        barrier_wait(AT(dout_full, number % STAGES), (number / STAGES) & 1);
+        queue_scores(slopes, AT(v, slot), AT(dout, number % STAGES));
     }
 
     // Make probabilities of the scores of block i of a tile, number n, while the last product queued runs.
     DEVICE void scores_to_weights(const Tile& tile, int i) {
         product_wait<1>();
         hold(scores);
-        find_weights(shared.statistics[n % STAGES][0], block_of(tile, i) * BLOCK_Q, tile.row + group * 64);
+        find_weights(AT2(statistics, n % STAGES, 0), block_of(tile, i) * BLOCK_Q, tile.row + group * 64);
         product_wait<0>();
         hold(slopes);
     }
@@ -375,23 +373,24 @@ struct Consumer {
     template <bool MORE>
     DEVICE void block(const Tile& tile, int i, u32 slot) {
         u32 stage = n % STAGES;
-        find_slopes(shared.statistics[stage][1]);
+        find_slopes(AT2(statistics, stage, 1));
         hold(dk);
         hold(dv);
         product_fence();
-        queue_gradient(dv, weights, shared.dout[stage], i > 0);
-        share_slopes(shared.ds[n % 2]);
-        queue_gradient(dk, weight_slopes, shared.q[stage], i > 0);
+        queue_gradient(dv, weights, AT(dout, stage), i > 0);
+        share_slopes(AT(ds, n % 2));
+        queue_gradient(dk, weight_slopes, AT(q, stage), i > 0);
         named_sync(1, GROUPS * 128);
-        queue_dq(shared.ds[n % 2], shared.k[slot]);
+        float dq[32];
+        queue_dq(dq, AT(ds, n % 2), AT(k, slot));
         product_wait<1>();
         hold(dk);
         hold(dv);
-        release(shared.dout_empty[stage]);
-        release(shared.q_empty[stage]);
+        release(AT(dout_empty, stage));
+        release(AT(q_empty, stage));
         product_wait<0>();
         hold(dq);
-        store_dq();
+        store_dq(dq);
         n++;
         if constexpr (MORE) {
             queue_scores_of(n, slot);
@@ -411,7 +410,7 @@ struct Consumer {
             u32 slot = turn % KV_SLOTS;
             for (int i = 0; i + 1 < tile.blocks; i++) block<true>(tile, i, slot);
             block<false>(tile, tile.blocks - 1, slot);
-            release(shared.kv_empty[slot]);
+            release(AT(kv_empty, slot));
             turn++;
             if constexpr (KV_SLOTS == 1) store_gradients();  // while keys and values come
             tile = fetch(turn);
@@ -432,27 +431,26 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) backward(const __grid_constant__ Params params) {
-    extern __shared__ __align__(1024) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < KV_SLOTS; slot++) {
-            barrier_init(at(shared.kv_full[slot]), 1);
-            barrier_init(at(shared.kv_empty[slot]), GROUPS * 4);
+            barrier_init(AT(kv_full, slot), 1);
+            barrier_init(AT(kv_empty, slot), GROUPS * 4);
         }
         for (int slot = 0; slot < TILES_AHEAD; slot++) {
-            barrier_init(at(shared.tile_full[slot]), 1);
-            barrier_init(at(shared.tile_empty[slot]), TILE_READERS);
+            barrier_init(AT(tile_full, slot), 1);
+            barrier_init(AT(tile_empty, slot), TILE_READERS);
         }
         for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(at(shared.q_full[stage]), 1);
-            barrier_init(at(shared.dout_full[stage]), 1);
-            barrier_init(at(shared.q_empty[stage]), GROUPS * 4);
-            barrier_init(at(shared.dout_empty[stage]), GROUPS * 4);
+            barrier_init(AT(q_full, stage), 1);
+            barrier_init(AT(dout_full, stage), 1);
+            barrier_init(AT(q_empty, stage), GROUPS * 4);
+            barrier_init(AT(dout_empty, stage), GROUPS * 4);
         }
         for (int g = 0; g < GROUPS; g++)
             for (int slot = 0; slot < RESULTS; slot++) {
-                barrier_init(at(shared.results_full[g][slot]), 4);
-                barrier_init(at(shared.results_empty[g][slot]), 1);
+                barrier_init(AT2(results_full, g, slot), 4);
+                barrier_init(AT2(results_empty, g, slot), 1);
             }
         fence_async();
     }

@@ -65,13 +65,11 @@ struct alignas(1024) Shared {
     unsigned char parts[GROUPS][(PARTS ? PARTS_ROWS : 8) * HEAD_DIM * 2];
     u64 q_full[Q_SLOTS][GROUPS], q_empty[Q_SLOTS], out_full[Q_SLOTS][GROUPS];
     u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    u64 parts_full[GROUPS], parts_empty;
+    u64 parts_full[GROUPS], parts_empty[1];
     Tile tiles[TILES_AHEAD];
     u64 tile_full[TILES_AHEAD], tile_empty[TILES_AHEAD];
     Window windows[GROUPS][PARTS ? PARTS : 1];
 };
-
-DEVICE u32 at(const u64& barrier) { return shared_address(&barrier); }
 
 DEVICE Tile find_tile(const Params& params, int number) {
     Tile tile;
@@ -104,17 +102,17 @@ DEVICE void take_tile(const Params& params, Shared& shared, u32 turn) {
         if (!(tile.row >= tile.rows)) break;
     }
     u32 slot = turn % TILES_AHEAD;
-    barrier_wait(at(shared.tile_empty[slot]), ((turn / TILES_AHEAD) & 1) ^ 1);
+    barrier_wait(AT(tile_empty, slot), ((turn / TILES_AHEAD) & 1) ^ 1);
     shared.tiles[slot] = tile;
-    barrier_arrive(at(shared.tile_full[slot]));
+    barrier_arrive(AT(tile_full, slot));
 }
 
 // The tile that was taken at this turn, for a thread that reads each of them once.
 DEVICE Tile next_tile(Shared& shared, u32& turn) {
     u32 slot = turn % TILES_AHEAD;
-    barrier_wait(at(shared.tile_full[slot]), (turn / TILES_AHEAD) & 1);
+    barrier_wait(AT(tile_full, slot), (turn / TILES_AHEAD) & 1);
     Tile tile = shared.tiles[slot];
-    barrier_arrive(at(shared.tile_empty[slot]));
+    barrier_arrive(AT(tile_empty, slot));
     turn++;
     return tile;
 }
@@ -127,7 +125,7 @@ DEVICE void load(const TensorMap* map, u32 to, u32 barrier, int rows, int head, 
 // Compact results of other grids for the rows of each warpgroup: a lane for each of both.
 DEVICE void load_parts(const Params& params, Shared& shared, const Tile& tile, u32 turn) {
     const int lane = threadIdx.x % 32, g = lane / max(PARTS, 1), which = lane % max(PARTS, 1);
-    barrier_wait(at(shared.parts_empty), (turn & 1) ^ 1);
+    barrier_wait(AT(parts_empty, 0), (turn & 1) ^ 1);
     if (g >= GROUPS) return;
     const Job& job = params.jobs[tile.job];
     const Part& part = params.parts[which];
@@ -142,10 +140,10 @@ DEVICE void load_parts(const Params& params, Shared& shared, const Tile& tile, u
     window.first = there ? skipped * part.rate + offset - inside : NOWHERE;
     window.per_rate = (65536 + part.rate - 1) / part.rate;
     window.lse = part.lse + (static_cast<i64>(piece) * part.heads + tile.head) * part.rows + skipped;
-    u32 full = at(shared.parts_full[g]);
+    u32 full = AT(parts_full, g);
     if (there) {
         barrier_expect(full, part.held * HEAD_DIM * 2);
-        load(&part.out[offset >= part.longer], shared_address(shared.parts[g]) + part.first * HEAD_DIM * 2, full,
+        load(&part.out[offset >= part.longer], AT(parts, g) + part.first * HEAD_DIM * 2, full,
              part.held, tile.head, 0, skipped, piece);
     } else {
         barrier_arrive(full);
@@ -162,15 +160,15 @@ DEVICE void produce_q(const Params& params, Shared& shared) {
         if (g == 0) take_tile(params, shared, turn);
         __syncwarp();
         tile = shared.tiles[turn % TILES_AHEAD];
-        barrier_wait(at(shared.q_empty[slot]), ((turn / Q_SLOTS) & 1) ^ 1);
+        barrier_wait(AT(q_empty, slot), ((turn / Q_SLOTS) & 1) ^ 1);
         if (g < GROUPS) {
-            u32 full = at(shared.q_full[slot][g]);
+            u32 full = AT2(q_full, slot, g);
             if (tile.job < 0) {
                 barrier_arrive(full);
             } else {
                 const Job& job = params.jobs[tile.job];
                 barrier_expect(full, Q_BYTES);
-                load(&job.q[tile.map], shared_address(shared.q[slot][g]), full, BLOCK_M, tile.head,
+                load(&job.q[tile.map], AT2(q, slot, g), full, BLOCK_M, tile.head,
                      (tile.head + job.shift) % job.rate, tile.row + g * BLOCK_M, tile.piece);
             }
         }
@@ -182,19 +180,17 @@ DEVICE void produce_q(const Params& params, Shared& shared) {
 // Keys (or VALUES) of the tiles, from the last block to the first.
 template <bool VALUES>
 DEVICE void produce_kv(const Params& params, Shared& shared) {
-    u64(&fulls)[STAGES] = VALUES ? shared.v_full : shared.k_full;
-    u64(&empties)[STAGES] = VALUES ? shared.v_empty : shared.k_empty;
-    u32 buffer = shared_address(VALUES ? shared.v : shared.k), n = 0;
+    u32 n = 0;
     u32 turn = 0;
     for (Tile tile = next_tile(shared, turn); tile.job >= 0; tile = next_tile(shared, turn)) {
         const Job& job = params.jobs[tile.job];
         const TensorMap* map = VALUES ? &job.v[tile.map] : &job.k[tile.map];
         int offset = (tile.head + job.shift) % job.rate, head = tile.head / job.group;
         for (int block = tile.blocks - 1; block >= 0; block--) {
-            u32 stage = n % STAGES, full = at(fulls[stage]);
-            barrier_wait(at(empties[stage]), ((n / STAGES) & 1) ^ 1);
+            u32 stage = n % STAGES, full = VALUES ? AT(v_full, stage) : AT(k_full, stage);
+            barrier_wait(VALUES ? AT(v_empty, stage) : AT(k_empty, stage), ((n / STAGES) & 1) ^ 1);
             barrier_expect(full, KV_BYTES);
-            load(map, buffer + stage * KV_BYTES, full, BLOCK_N, head, offset, block * BLOCK_N, tile.piece);
+            load(map, VALUES ? AT(v, stage) : AT(k, stage), full, BLOCK_N, head, offset, block * BLOCK_N, tile.piece);
             n++;
         }
     }
@@ -206,16 +202,16 @@ DEVICE void store_outputs(const Params& params, Shared& shared) {
     for (Tile tile = next_tile(shared, turn); tile.job >= 0; tile = next_tile(shared, turn)) {
         u32 number = turn - 1, slot = number % Q_SLOTS;
         for (int g = 0; g < GROUPS; g++) {
-            barrier_wait(at(shared.out_full[slot][g]), (number / Q_SLOTS) & 1);
+            barrier_wait(AT2(out_full, slot, g), (number / Q_SLOTS) & 1);
             int row = tile.row + g * BLOCK_M;
             if (row >= tile.rows) continue;
             for (int half = 0; half < HALVES; half++)
-                store_tile(&params.jobs[tile.job].out[tile.map], shared_address(shared.q[slot][g]) + half * BLOCK_M * 128,
+                store_tile(&params.jobs[tile.job].out[tile.map], AT2(q, slot, g) + half * BLOCK_M * 128,
                            half * 64, tile.head, 0, row, tile.piece);
             commit_stores();
         }
         wait_stores_read<0>();
-        barrier_arrive(at(shared.q_empty[slot]));
+        barrier_arrive(AT(q_empty, slot));
     }
     wait_stores<0>();
 }
@@ -235,14 +231,14 @@ struct Consumer {
         : params(params), shared(shared), group(group), lane(threadIdx.x % 32),
           row_in_group(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) {}
 
-    DEVICE void release(u64& barrier) {
-        if (lane == 0) barrier_arrive(at(barrier));
+    DEVICE void release(u32 barrier) {
+        if (lane == 0) barrier_arrive(barrier);
     }
 
     DEVICE void queue_scores(u32 slot) {
         u32 stage = n % STAGES;
-        barrier_wait(at(shared.k_full[stage]), (n / STAGES) & 1);
-        u32 a = matrix(shared_address(shared.q[slot][group])), b = matrix(shared_address(shared.k[stage]));
+        barrier_wait(AT(k_full, stage), (n / STAGES) & 1);
+        u32 a = matrix(AT2(q, slot, group)), b = matrix(AT(k, stage));
         product_fence();
 #pragma unroll
         for (int step = 0; step < HEAD_DIM / 16; step++) {
@@ -256,8 +252,8 @@ struct Consumer {
 
     DEVICE void queue_outputs() {
         u32 stage = held % STAGES;
-        barrier_wait(at(shared.v_full[stage]), (held / STAGES) & 1);
-        u32 b = matrix(shared_address(shared.v[stage]), BLOCK_N * 128);
+        barrier_wait(AT(v_full, stage), (held / STAGES) & 1);
+        u32 b = matrix(AT(v, stage), BLOCK_N * 128);
         hold(out);
         hold(weights);
         product_fence();
@@ -269,13 +265,13 @@ struct Consumer {
 
     DEVICE void scores_done() {
         hold(scores);
-        release(shared.k_empty[(n - 1) % STAGES]);
+        release(AT(k_empty, (n - 1) % STAGES));
     }
 
     DEVICE void outputs_done() {
         product_wait<0>();
         hold(out);
-        release(shared.v_empty[held % STAGES]);
+        release(AT(v_empty, held % STAGES));
     }
 
     // With FIRST, `top` holds the largest log-sum-exp of the parts.
@@ -352,7 +348,7 @@ struct Consumer {
                     (its_top[side] + log2_fast(sum)) * LN2;
         }
         int row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-        u32 to = shared_address(shared.q[slot][group]) + row * 128;
+        u32 to = AT2(q, slot, group) + row * 128;
         named_sync(1 + group, 128);
 #pragma unroll
         for (int c = 0; c < HEAD_DIM / 16; c++) {
@@ -364,7 +360,7 @@ struct Consumer {
         }
         fence_async();
         __syncwarp();
-        release(shared.out_full[slot][group]);
+        release(AT2(out_full, slot, group));
     }
 
     // ---- parts ----
@@ -379,7 +375,7 @@ struct Consumer {
     }
 
     DEVICE void begin_parts(const Tile& tile, u32 turn) {
-        barrier_wait(at(shared.parts_full[group]), turn & 1);
+        barrier_wait(AT(parts_full, group), turn & 1);
 #pragma unroll
         for (int number = 0; number < PARTS; number++) {
             const Window window = shared.windows[group][number];
@@ -406,7 +402,7 @@ struct Consumer {
         for (int number = 0; number < PARTS; number++) {
             const Window window = shared.windows[group][number];
             const Part& part = params.parts[number];
-            u32 base = shared_address(shared.parts[group]) + part.first * HEAD_DIM * 2;
+            u32 base = AT(parts, group) + part.first * HEAD_DIM * 2;
 #pragma unroll
             for (int side = 0; side < 2; side++) {
                 int row = place(window, number, side);
@@ -452,7 +448,7 @@ struct Consumer {
         if (PARTS) {
             add_parts();
             __syncwarp();
-            release(shared.parts_empty);
+            release(AT(parts_empty, 0));
         }
     }
 
@@ -462,7 +458,7 @@ struct Consumer {
         u32 before_slot = 0;
         for (u32 turn = 0;; turn++) {
             u32 slot = turn % Q_SLOTS;
-            barrier_wait(at(shared.q_full[slot][group]), (turn / Q_SLOTS) & 1);
+            barrier_wait(AT2(q_full, slot, group), (turn / Q_SLOTS) & 1);
             Tile tile = shared.tiles[turn % TILES_AHEAD];
             tile.job = uniform(tile.job), tile.row = uniform(tile.row), tile.blocks = uniform(tile.blocks);
             tile.rows = uniform(tile.rows);
@@ -482,18 +478,18 @@ struct Consumer {
                 }
                 for (int i = 0; i < skipped; i++) {
                     u32 stage = n % STAGES, parity = (n / STAGES) & 1;
-                    barrier_wait(at(shared.k_full[stage]), parity);
-                    release(shared.k_empty[stage]);
-                    barrier_wait(at(shared.v_full[stage]), parity);
-                    release(shared.v_empty[stage]);
+                    barrier_wait(AT(k_full, stage), parity);
+                    release(AT(k_empty, stage));
+                    barrier_wait(AT(v_full, stage), parity);
+                    release(AT(v_empty, stage));
                     n++;
                 }
                 if (skipped == tile.blocks) {
                     if (PARTS) {
-                        barrier_wait(at(shared.parts_full[group]), turn & 1);
-                        release(shared.parts_empty);
+                        barrier_wait(AT(parts_full, group), turn & 1);
+                        release(AT(parts_empty, 0));
                     }
-                    release(shared.out_full[slot][group]);
+                    release(AT2(out_full, slot, group));
                     continue;
                 }
             }
@@ -526,26 +522,25 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) forward(const __grid_constant__ Params params) {
-    extern __shared__ __align__(1024) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < Q_SLOTS; slot++) {
-            for (int g = 0; g < GROUPS; g++) barrier_init(at(shared.q_full[slot][g]), 1);
-            for (int g = 0; g < GROUPS; g++) barrier_init(at(shared.out_full[slot][g]), 4);
-            barrier_init(at(shared.q_empty[slot]), 1);
+            for (int g = 0; g < GROUPS; g++) barrier_init(AT2(q_full, slot, g), 1);
+            for (int g = 0; g < GROUPS; g++) barrier_init(AT2(out_full, slot, g), 4);
+            barrier_init(AT(q_empty, slot), 1);
         }
         for (int slot = 0; slot < TILES_AHEAD; slot++) {
-            barrier_init(at(shared.tile_full[slot]), 1);
-            barrier_init(at(shared.tile_empty[slot]), TILE_READERS);
+            barrier_init(AT(tile_full, slot), 1);
+            barrier_init(AT(tile_empty, slot), TILE_READERS);
         }
         for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(at(shared.k_full[stage]), 1);
-            barrier_init(at(shared.v_full[stage]), 1);
-            barrier_init(at(shared.k_empty[stage]), GROUPS * 4);
-            barrier_init(at(shared.v_empty[stage]), GROUPS * 4);
+            barrier_init(AT(k_full, stage), 1);
+            barrier_init(AT(v_full, stage), 1);
+            barrier_init(AT(k_empty, stage), GROUPS * 4);
+            barrier_init(AT(v_empty, stage), GROUPS * 4);
         }
-        for (int g = 0; g < GROUPS; g++) barrier_init(at(shared.parts_full[g]), max(PARTS, 1));
-        barrier_init(at(shared.parts_empty), GROUPS * 4);
+        for (int g = 0; g < GROUPS; g++) barrier_init(AT(parts_full, g), max(PARTS, 1));
+        barrier_init(AT(parts_empty, 0), GROUPS * 4);
         fence_async();
     }
     __syncthreads();

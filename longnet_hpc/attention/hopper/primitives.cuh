@@ -13,7 +13,15 @@ using i64 = long long;
 
 // ---- barriers -----------------------------------------------------------------------------------------------------
 
-DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+extern __shared__ __align__(1024) unsigned char memory[];  // all of a program's shared memory
+
+DEVICE u32 memory_address() { return static_cast<u32>(__cvta_generic_to_shared(memory)); }
+
+// Addresses of members of the struct `Shared` that lies there, counted in 32 bits: of an element of an array, and of one
+// of an array of arrays.
+#define OFFSET(member) static_cast<u32>(reinterpret_cast<u64>(&static_cast<Shared*>(nullptr)->member))
+#define AT(member, i) (memory_address() + OFFSET(member) + (i) * static_cast<u32>(sizeof(Shared::member[0])))
+#define AT2(member, i, j) (AT(member, i) + (j) * static_cast<u32>(sizeof(Shared::member[0][0])))
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -153,6 +161,12 @@ DEVICE void hold(T (&registers)[N]) {
             asm volatile("" : "+r"(registers[i])::"memory");
         }
     }
+}
+
+// The same number, of which the compiler knows nothing: what follows from it is computed here, not kept from before a loop.
+DEVICE int afresh(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
