@@ -1,12 +1,13 @@
 // Hopper's instructions, acted out on a CPU: what `primitives.cuh` and the generated products are on the GPU.
 //
 // Every thread of a program is a fiber, and they take turns in random order. Copies of tiles happen some turns after
-// they were asked for, and matrix products when they are waited for, so that kernels which wait for too little get
-// wrong results here, too. A program in which no thread can go on is reported as such.
+// they were asked for, and matrix products at once or when they are waited for, so that kernels which wait for too little
+// get wrong results here, too. A program in which no thread can go on is reported as such.
 
 #pragma once
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -159,7 +160,8 @@ T uniform(T x) {
 
 // ---- barriers -----------------------------------------------------------------------------------------------------
 
-inline u32 shared_address(const void* pointer) { return static_cast<const unsigned char*>(pointer) - memory; }
+#define AT(member, i) (static_cast<u32>(offsetof(Shared, member)) + (i) * static_cast<u32>(sizeof(Shared::member[0])))
+#define AT2(member, i, j) (AT(member, i) + (j) * static_cast<u32>(sizeof(Shared::member[0][0])))
 
 inline void check(bool right, const char* what) {
     if (!right) {
@@ -270,6 +272,7 @@ void wait_stores() {}
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
+inline int afresh(int x) { return x; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 
@@ -378,21 +381,29 @@ inline void multiply(u32 first_thread, size_t number) {
     }
 }
 
-inline void product_commit() { machine.current->group++; }
+// Compute what a warpgroup has queued, but for the last groups.
+inline void compute_products(u32 first, int pending) {
+    auto& fibers = machine.fibers;
+    size_t count = 0;
+    while (count < fibers[first].products.size() && fibers[first].products[count].group < fibers[first].group - pending)
+        multiply(first, count++);
+    for (u32 thread = first; thread < first + 128; thread++) {
+        check(fibers[thread].group == fibers[first].group, "a product that not all threads of a warpgroup queue");
+        fibers[thread].products.erase(fibers[thread].products.begin(), fibers[thread].products.begin() + count);
+    }
+}
+
+// Some products are computed at once, others as late as may be.
+inline void product_commit() {
+    machine.current->group++;
+    meet(machine.groups[threadIdx.x / 128], 128, [] {
+        if (machine.random() % 2) compute_products(threadIdx.x / 128 * 128, 0);
+    });
+}
 
 template <int PENDING>
 void product_wait() {
-    u32 first = threadIdx.x / 128 * 128;
-    meet(machine.groups[threadIdx.x / 128], 128, [&] {
-        auto& fibers = machine.fibers;
-        size_t count = 0;
-        while (count < fibers[first].products.size() && fibers[first].products[count].group < fibers[first].group - PENDING)
-            multiply(first, count++);
-        for (u32 thread = first; thread < first + 128; thread++) {
-            check(fibers[thread].group == fibers[first].group, "a product that not all threads of a warpgroup queue");
-            fibers[thread].products.erase(fibers[thread].products.begin(), fibers[thread].products.begin() + count);
-        }
-    });
+    meet(machine.groups[threadIdx.x / 128], 128, [] { compute_products(threadIdx.x / 128 * 128, PENDING); });
 }
 
 template <int A_ROWS, int B_ROWS, int N>
