@@ -42,7 +42,6 @@ def source_of(file, dtype, settings):
     if dtype == torch.bfloat16:
         lines.append("#define BFLOAT16")
     kernel = (resources.files("longnet_hpc.attention.hopper") / file).read_text()
-    kernel = kernel.replace("    extern __shared__ __align__(1024) unsigned char memory[];\n", "")
     return "\n".join([*lines, HEADER.read_text().replace("#pragma once", ""), kernel])
 
 
@@ -68,8 +67,9 @@ def install(patch):
 
     import longnet_hpc.attention.hopper  # noqa: F401
 
-    modules = {name: sys.modules[f"longnet_hpc.attention.hopper.{name}"] for name in ("forward", "backward", "jobs")}
-    for name in ("forward", "backward"):
+    names = ("forward", "backward", "rows", "jobs")
+    modules = {name: sys.modules[f"longnet_hpc.attention.hopper.{name}"] for name in names}
+    for name in names[:-1]:
         module = modules[name]
         patch.setattr(module, "source_of", source_of)
         patch.setattr(module, "compiled", lambda source, name, shared_bytes, device: library_of(source, name))

@@ -7,7 +7,7 @@ pieces.
 import triton
 import triton.language as tl
 
-__all__ = ["gradient_kernel", "softmax_kernel", "statistics_kernel"]
+__all__ = ["gradient_kernel", "softmax_kernel"]
 
 
 @triton.jit
@@ -94,35 +94,3 @@ def gradient_kernel(
             acc += tl.load(tl.load(entry + 7).to(tl.pointer_type(tl.float32)) + offset, mask=there, other=0.0)
     at = out + ((b * seq + t) * heads + h)[:, None] * D + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(t < seq)[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def statistics_kernel(
-    table, out, dout, lse, seq, heads, K: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Give every part its rows' log-sum-exp, in powers of two, and ``delta``: the sum of ``out * dout`` over a row.
-
-    A part's statistics are float32 ``(blocks, 2, BLOCK)`` for each piece and head; tensors are contiguous.
-    """
-    blocks = tl.cdiv(seq, TOKENS)
-    t = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    h = tl.program_id(1)
-    d = tl.arange(0, WIDTH)
-    here = t < seq
-    row_number = (b * seq + t) * heads + h
-    offset = row_number[:, None] * D + d[None, :]
-    there = here[:, None] & (d < D)[None, :]
-    products = tl.load(out + offset, mask=there, other=0.0).to(tl.float32)
-    products *= tl.load(dout + offset, mask=there, other=0.0).to(tl.float32)
-    delta = tl.sum(products, 1)
-    its_lse = tl.load(lse + row_number, mask=here, other=0.0) * 1.4426950408889634
-    for k in range(K):
-        entry = table + (h * K + k) * COLUMNS
-        on, z, row = _rows_of(entry, t, b)
-        on = on & here
-        at = tl.load(entry + 7).to(tl.pointer_type(tl.float32))
-        at = at + z * tl.load(entry + 8) + row // BLOCK * (2 * BLOCK) + row % BLOCK
-        tl.store(at, its_lse, mask=on)
-        tl.store(at + BLOCK, delta, mask=on)

@@ -13,7 +13,7 @@ import triton.language as tl
 from longnet_hpc.attention.part_kernels import gradient_kernel, softmax_kernel
 from longnet_hpc.grids import Grid
 
-__all__ = ["COLUMNS", "LONGEST", "GradientParts", "SoftmaxParts"]
+__all__ = ["GradientParts", "SoftmaxParts"]
 
 COLUMNS = 14
 """Numbers in an entry of the table, see `_entries`."""
