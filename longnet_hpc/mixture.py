@@ -123,13 +123,14 @@ def _backward(
             flights.append(exchange.start_adjoint(row_grads, k))
         its_plan.bytes_received += sum(flight.bytes_received for flight in flights)
 
-        attend_pieces_backward(
-            *(backend, q, k, v, its_plan.pieces, output, dq, dk, dv), causal=causal, scale=scale, progress=progress
-        )
+        result = attend_pieces_backward(
+            *(backend, q, k, v, its_plan.pieces, output, dq, dk, dv),
+            causal=causal, scale=scale, alone=not exchanges, progress=progress,
+        )  # fmt: skip
         for (_, exchange), flight in zip(exchanges, flights, strict=True):
             exchange.finish_adjoint(flight, k, dk, dv)
         its_plan.count_seconds(flights)
-        return dq.result(), dk.result(), dv.result()
+        return result or (dq.result(), dk.result(), dv.result())
 
 
 @_forward.register_fake

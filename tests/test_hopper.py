@@ -1,16 +1,26 @@
 """Kernels for Hopper, acted out on the CPU (emulator/hopper.h): what test_cuda.py says of the GPU, at smaller sizes."""
 
+import math
+import struct
+
 import hopper_emulator
 import oracle
 import pytest
 import torch
 from cases import HOPPER_CASES, Case
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
 from longnet_hpc import attention, dilated_attention
 from longnet_hpc.attention.backend import AllPieces, Backend
 from longnet_hpc.attention.hopper import pieces
+from longnet_hpc.attention.hopper.backward import backward_job
+from longnet_hpc.attention.hopper.gradients import add_rows
+from longnet_hpc.attention.hopper.jobs import Rows
+from longnet_hpc.attention.hopper.rows import MAX_JOBS, divisor
+from longnet_hpc.attention.hopper.statistics import find_statistics
 from longnet_hpc.attention.library import LIBRARY
 
 pytestmark = [
@@ -52,3 +62,87 @@ def test_kernels_equal_the_oracle(name, causal):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_for_wide_heads_equal_the_oracle(dtype, causal):
     check(Case(1, 320, 2, 1, 128, (128, 320), (1, 3), causal, seed=2), dtype)
+
+
+@st.composite
+def shapes_with_grids(draw):
+    """Draw a batch, tokens and heads, and grids of any kind there, of two numbers so that few kernels are built."""
+    batch, seq, heads = draw(st.integers(1, 2)), draw(st.integers(1, 60)), draw(st.integers(1, 5))
+    grids = []
+    for _ in range(draw(st.sampled_from((2, MAX_JOBS + 2)))):
+        start = draw(st.integers(0, seq - 1))
+        length = draw(st.integers(1, seq - start))
+        count, rate = draw(st.integers(1, (seq - start) // length)), draw(st.integers(1, 9))
+        grids.append(Rows(start, length, count, rate, draw(st.integers(0, rate - 1))))
+    return batch, seq, heads, grids
+
+
+def any_grids(test):
+    """Let a test run for each kind of rows and many grids, some of them long enough for several blocks."""
+    long = (2, 400, 3, [Rows(10, 150, 2, 1, 0), Rows(0, 400, 1, 2, 1)])
+    test = example(case=long)(given(case=shapes_with_grids())(test))
+    test = settings(max_examples=20, deadline=None, derandomize=True)(test)
+    return pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.float16)])(test)
+
+
+def random_rows(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+
+
+def points(rows, heads):
+    """Return token, head, piece and number of every row of a grid."""
+    found = [
+        (rows.start + piece * rows.length + inside, head, piece, row)
+        for piece in range(rows.count)
+        for head in range(heads)
+        for row, inside in enumerate(range((head + rows.shift) % rows.rate, rows.length, rows.rate))
+    ]
+    return torch.tensor(found, dtype=torch.long).view(-1, 4).unbind(1)
+
+
+@any_grids
+def test_statistics_equal_their_formula(head_dim, dtype, case):
+    batch, seq, heads, grids = case
+    out, dout = random_rows(batch, seq, heads, head_dim, dtype=dtype)
+    lse, _ = random_rows(batch, seq, heads)
+    jobs = [backward_job(out, rows) for rows in grids]
+    for job in jobs:
+        job.statistics[:] = 7.0  # which stays where no row is
+    find_statistics(out, dout, lse, jobs)
+    delta = (out.double() * dout.double()).sum(-1).float()
+    for job in jobs:
+        token, head, piece, row = points(job.rows, heads)
+        for actual, right in zip(job.statistics.unbind(3), (lse * math.log2(math.e), delta), strict=True):
+            expected = torch.full_like(actual.flatten(2), 7.0)
+            expected.unflatten(0, (batch, -1))[:, piece, head, row] = right[:, token, head]
+            torch.testing.assert_close(actual.flatten(2), expected, atol=1e-4, rtol=1e-5)
+
+
+@any_grids
+def test_rows_are_added_in_place_and_rounded_once(head_dim, dtype, case):
+    batch, seq, heads, grids = case
+    sums = random_rows(batch, seq, heads, head_dim, dtype=dtype)
+    jobs = [backward_job(sums[0], rows) for rows in grids]
+    for job in jobs:
+        for part, numbers in zip((job.dk, job.dv), random_rows(*job.dk.shape), strict=True):
+            part.copy_(numbers)
+    expected = [x.clone() for x in sums]
+    for first in range(0, len(jobs), MAX_JOBS):
+        wide = [x.float() for x in expected]
+        for job in jobs[first : first + MAX_JOBS]:
+            token, head, piece, row = points(job.rows, heads)
+            for total, part in zip(wide, (job.dk, job.dv), strict=True):
+                total[:, token, head] += part.unflatten(0, (batch, -1))[:, piece, row, head]
+        expected = [x.to(dtype) for x in wide]
+    add_rows(*sums, jobs)
+    for actual, right in zip(sums, expected, strict=True):
+        assert torch.equal(actual, right)
+
+
+@settings(derandomize=True)
+@given(x=st.integers(0, 2**31 - 1), number=st.integers(1, 2**31 - 1))
+@example(x=2**31 - 1, number=3)
+def test_quotients_are_products(x, number):
+    number, factor, shift = struct.unpack("<3I", divisor(number))
+    assert x * factor >> shift == x // number

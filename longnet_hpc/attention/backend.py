@@ -112,9 +112,13 @@ class PiecesBackward(Protocol):
         *,
         causal: bool,
         scale: float,
+        alone: bool,
         progress: Callable[[], object],
-    ) -> None:
-        """Add the gradients of every piece onto three sums."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Add the gradients of every piece onto three sums; where nothing else is added, these may be returned.
+
+        Parameters as for `branch.attend_pieces_backward`.
+        """
 
 
 class TakesPieces(Protocol):

@@ -144,12 +144,21 @@ def attend_pieces_backward(
     *,
     causal: bool,
     scale: float,
+    alone: bool,
     progress: Callable[[], object],
-) -> None:
-    """Add the gradients of `attend_pieces` onto three sums (adjoint; parameters as there, with merged statistics)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Add the gradients of `attend_pieces` onto three sums (adjoint; parameters as there, with merged statistics).
+
+    Returns
+    -------
+    tuple of torch.Tensor or None
+        The gradients, if nothing was added to the sums since they could be made at once.
+    """
     if backend.pieces is not None and backend.pieces.takes(q, pieces, backward=True):
-        backend.pieces.backward(*(q, k, v, pieces, output, dq, dk, dv), causal=causal, scale=scale, progress=progress)
-        return
+        return backend.pieces.backward(
+            *(q, k, v, pieces, output, dq, dk, dv), causal=causal, scale=scale, alone=alone, progress=progress
+        )
     for _, branch, run in pieces:
         pairs = piece_grids(branch, run, q.shape[2], k.shape[2])
         attend_backward(*(backend, q, k, v, pairs, output, dq, dk, dv), causal=causal, scale=scale, progress=progress)
+    return None

@@ -12,7 +12,7 @@ import torch
 from longnet_hpc.attention.hopper.jobs import Rows, maps
 from longnet_hpc.attention.hopper.launch import compiled, launch, most_programs, source_of
 
-__all__ = ["BackwardJob", "backward_job", "query_block", "run_backward"]
+__all__ = ["BackwardJob", "backward_job", "dense_backward_job", "query_block", "run_backward"]
 
 MAX_JOBS = 8
 BLOCK_K = 128
@@ -36,25 +36,41 @@ class BackwardJob:
     statistics : torch.Tensor
         ``(pieces, heads, blocks, 2, query_block)`` in float32: log-sum-exp in powers of two, and delta.
     dk, dv : torch.Tensor
-        ``(pieces, rows, heads, head_dim)``, of query heads.
+        Tensors of query heads, of which ``place`` are the rows.
+    place : Rows
+        Where the rows of the gradients lie.
     """
 
     rows: Rows
     statistics: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
+    place: Rows
 
 
 def backward_job(q: torch.Tensor, rows: Rows) -> BackwardJob:
-    """Return a job with memory for its results."""
+    """Return a job with compact results, ``(pieces, rows, heads, head_dim)``."""
+    batch, _, heads, head_dim = q.shape
+    dk, dv = (q.new_empty(batch * rows.count, heads, rows.rows, head_dim).transpose(1, 2) for _ in range(2))
+    return BackwardJob(rows, _statistics(q, rows), dk, dv, Rows(0, rows.rows, 1, 1, 0))
+
+
+def dense_backward_job(q: torch.Tensor, rows: Rows, dk: torch.Tensor, dv: torch.Tensor) -> BackwardJob:
+    """Return the job of a dense grid, whose results go to their final place, tensors shaped as the queries."""
+    assert rows.rate == 1
+    assert dk.shape == dv.shape == q.shape
+    return BackwardJob(rows, _statistics(q, rows), dk, dv, rows)
+
+
+def _statistics(q: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Return memory for the statistics of a job."""
     batch, _, heads, head_dim = q.shape
     pieces, block = batch * rows.count, query_block(head_dim)
     statistics = torch.empty(pieces, heads, -(-rows.rows // block), 2, block, dtype=torch.float32, device=q.device)
     if rows.rows % block or rows.longer < rows.rate:  # a row that is not there weighs nothing
         statistics[:, :, -2:, 0] = torch.inf
         statistics[:, :, -2:, 1] = 0.0
-    dk, dv = (q.new_empty(pieces, heads, rows.rows, head_dim).transpose(1, 2) for _ in range(2))
-    return BackwardJob(rows, statistics, dk, dv)
+    return statistics
 
 
 def run_backward(
@@ -78,8 +94,7 @@ def run_backward(
         row_tiles = -(-rows.rows // BLOCK_K)
         chunk = max(1, min(heads * pieces, _CACHE_BYTES // (rows.rows * head_dim * 8))) if causal else 1
         packed += maps(q, rows, block) + maps(dout, rows, block) + maps(k, rows, BLOCK_K) + maps(v, rows, BLOCK_K)
-        compact = Rows(0, rows.rows, 1, 1, 0)
-        packed += maps(dq, rows, 64) + maps(job.dk, compact, 64) + maps(job.dv, compact, 64)
+        packed += maps(dq, rows, 64) + maps(job.dk, job.place, 64) + maps(job.dv, job.place, 64)
         packed += struct.pack(
             "<q11i12x",
             *(

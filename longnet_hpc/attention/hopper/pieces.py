@@ -8,9 +8,17 @@ from typing import TypeVar
 import torch
 
 from longnet_hpc.attention.backend import Output, Piece
-from longnet_hpc.attention.hopper.backward import MAX_JOBS, BackwardJob, backward_job, run_backward
+from longnet_hpc.attention.hopper.backward import (
+    MAX_JOBS,
+    BackwardJob,
+    backward_job,
+    dense_backward_job,
+    run_backward,
+)
 from longnet_hpc.attention.hopper.forward import ForwardJob, can_merge, compact_job, dense_job, run_forward
+from longnet_hpc.attention.hopper.gradients import add_rows
 from longnet_hpc.attention.hopper.jobs import Rows
+from longnet_hpc.attention.hopper.statistics import find_statistics
 from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
 from longnet_hpc.grids import Grid, piece_grids
 
@@ -78,26 +86,35 @@ def backward(
     *,
     causal: bool,
     scale: float,
+    alone: bool,
     progress: Callable[[], object],
-) -> None:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Add the gradients of `forward`; see `attention.branch.attend_pieces_backward`."""
-    from longnet_hpc.attention.hopper.statistics import find_statistics
-
     q, k, v = (_fills(x) for x in (q, k, v))
     dout = output.dout.contiguous()
     batch, seq, heads, _ = q.shape
-    jobs = [backward_job(q, _rows(piece)) for piece in pieces]
+    dense = _dense_pieces(q, pieces) if alone and k.shape[2] == heads else []
+    dense_dk, dense_dv = (q.new_empty(q.shape if dense else 0) for _ in range(2))
+    jobs = [
+        dense_backward_job(q, rows, dense_dk, dense_dv) if piece in dense else backward_job(q, rows)
+        for piece, rows in zip(pieces, map(_rows, pieces), strict=True)
+    ]
     find_statistics(output.out, dout, output.lse, jobs)
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for some in _batched(jobs):
         run_backward(dout, q, k, v, dq_sum, some, causal=causal, scale=scale)
         progress()
+    if dense:
+        others = [job for piece, job in zip(pieces, jobs, strict=True) if piece not in dense]
+        add_rows(dense_dk, dense_dv, others)
+        return dq_sum.to(q.dtype), dense_dk, dense_dv
     everything = slice(0, batch)
     dq.add(everything, Grid(0, seq, 1, seq, 1, 0, 0, 0, 1, heads), dq_sum.transpose(1, 2))
     for piece, job in zip(pieces, jobs, strict=True):
         for grid, kv_grid, its_heads in _bundles(piece, q, k):
             for sums, part in ((dk, job.dk), (dv, job.dv)):
                 sums.add(everything, kv_grid, part.transpose(1, 2)[:, its_heads, : grid.rows])
+    return None
 
 
 def _rows(piece: Piece) -> Rows:
