@@ -81,7 +81,8 @@ struct Machine {
     std::vector<Meeting> warps, groups;
     std::map<u32, Meeting> named;
     std::vector<std::vector<u64>> deposits;
-    std::vector<std::function<void()>> copies;
+    std::vector<std::pair<u64, std::function<void()>>> copies;  // and the turn in which they happen
+    u64 turn = 0;
     std::mt19937 random;
     u64 steps = 0;  // that changed something
 };
@@ -232,8 +233,13 @@ void for_elements(const TensorMap& map, u32 tile, const int (&at)[5], F visit) {
         }
 }
 
+// Most copies take a few turns, some take many.
+inline void later(std::function<void()> copy) {
+    machine.copies.push_back({machine.turn + machine.random() % (machine.random() % 4 ? 4 : 40), copy});
+}
+
 inline void copy_tile(const TensorMap* map, u32 to, u32 barrier, int c0, int c1, int c2, int c3, int c4) {
-    machine.copies.push_back([=] {
+    later([=] {
         for_elements(*map, to, {c0, c1, c2, c3, c4}, [](unsigned char* here, const unsigned char* there, int size) {
             if (there) memcpy(here, there, size);
             else memset(here, 0, size);
@@ -258,7 +264,7 @@ inline void add_tile(const TensorMap* map, u32 from, int c0, int c1, int c2, int
 
 inline void copy_row(u32 to, const void* from, u32 bytes, u32 barrier) {
     check(bytes % 16 == 0 && to % 16 == 0 && reinterpret_cast<u64>(from) % 16 == 0, "a row that is not aligned");
-    machine.copies.push_back([=] {
+    later([=] {
         memcpy(memory + to, from, bytes);
         barrier_copied(barrier, bytes);
     });
@@ -457,12 +463,13 @@ inline int run_programs(u32 programs, u32 threads, u32 seed) {
         while (!order.empty()) {
             if (machine.steps == before && machine.copies.empty()) return 1;
             before = machine.steps;
+            machine.turn++;
             for (size_t i = 0; i < machine.copies.size();) {
-                if (machine.random() % 3) {
+                if (machine.copies[i].first > machine.turn) {
                     i++;
                     continue;
                 }
-                auto copy = machine.copies[i];
+                auto copy = machine.copies[i].second;
                 machine.copies.erase(machine.copies.begin() + i);
                 copy();
             }
