@@ -124,7 +124,7 @@ class PiecesBackward(Protocol):
 class TakesPieces(Protocol):
     """Whether a backend computes some pieces at once."""
 
-    def __call__(self, q: torch.Tensor, pieces: Sequence[Piece], *, backward: bool) -> bool:
+    def __call__(self, q: torch.Tensor, pieces: Sequence[Piece], *, causal: bool, backward: bool) -> bool:
         """Answer for queries of such a shape."""
 
 

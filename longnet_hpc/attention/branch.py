@@ -121,7 +121,7 @@ def attend_pieces(
     tuple of torch.Tensor or None
         Output and log-sum-exp, if nothing was added to ``total`` since they could be made at once.
     """
-    if backend.pieces is not None and backend.pieces.takes(q, pieces, backward=False):
+    if backend.pieces is not None and backend.pieces.takes(q, pieces, causal=causal, backward=False):
         return backend.pieces.forward(
             *(q, k, v, pieces, total), causal=causal, scale=scale, alone=alone, progress=progress
         )
@@ -154,7 +154,7 @@ def attend_pieces_backward(
     tuple of torch.Tensor or None
         The gradients, if nothing was added to the sums since they could be made at once.
     """
-    if backend.pieces is not None and backend.pieces.takes(q, pieces, backward=True):
+    if backend.pieces is not None and backend.pieces.takes(q, pieces, causal=causal, backward=True):
         return backend.pieces.backward(
             *(q, k, v, pieces, output, dq, dk, dv), causal=causal, scale=scale, alone=alone, progress=progress
         )

@@ -27,16 +27,24 @@ __all__ = ["backward", "forward", "takes"]
 _Job = TypeVar("_Job", ForwardJob, BackwardJob)
 
 
-def takes(q: torch.Tensor, pieces: Sequence[Piece], *, backward: bool) -> bool:
+_SLOWER_BACKWARD = {(128, True)}
+"""head_dim and causal of which cuDNN's gradients were faster where both were measured (docs/LOG.md, 2026-11-25)."""
+_MOST_ROWS = 2**31
+"""Rows of all heads and sequences, which kernels count in 32 bits."""
+
+
+def takes(q: torch.Tensor, pieces: Sequence[Piece], *, causal: bool, backward: bool) -> bool:
     """Return whether the kernels compute such pieces.
 
     The pieces of all sequences have to be one dim of a strided view. Gradients of queries are added up in no fixed
     order, so where torch's deterministic algorithms are asked for, others compute them.
     """
-    batch, seq = q.shape[:2]
-    if backward and torch.are_deterministic_algorithms_enabled():
+    batch, seq, heads, head_dim = q.shape
+    if backward and (torch.are_deterministic_algorithms_enabled() or (head_dim, causal) in _SLOWER_BACKWARD):
         return False
-    return q.numel() > 0 and all(batch == 1 or run.count == 1 or run.count * run.length == seq for _, _, run in pieces)
+    if not 0 < batch * seq * heads < _MOST_ROWS:
+        return False
+    return all(batch == 1 or run.count == 1 or run.count * run.length == seq for _, _, run in pieces)
 
 
 def forward(
