@@ -62,7 +62,7 @@ def _forward(
     """Return output, log-sum-exp, and what came from other ranks, exchange by exchange."""
     its_plan = plan_of(plan)
     # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
@@ -102,7 +102,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of queries, keys and values (adjoint of `_forward`, with merged statistics)."""
     its_plan = plan_of(plan)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]

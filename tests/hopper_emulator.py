@@ -42,7 +42,8 @@ def source_of(file, dtype, settings):
     if dtype == torch.bfloat16:
         lines.append("#define BFLOAT16")
     kernel = (resources.files("longnet_hpc.attention.hopper") / file).read_text()
-    return "\n".join([*lines, HEADER.read_text().replace("#pragma once", ""), kernel])
+    tiles = (resources.files("longnet_hpc.attention.hopper") / "tiles.cuh").read_text()
+    return "\n".join([*lines, HEADER.read_text(), tiles, kernel])
 
 
 def launch(library, programs, threads, shared_bytes, params):
@@ -57,6 +58,9 @@ def launch(library, programs, threads, shared_bytes, params):
 def tensor_map(x, offset, shape, stride, rows):
     """Return what `launch.tensor_map` does, in the emulator's form."""
     size = x.element_size()
+    assert (x.data_ptr() + offset * size) % 16 == 0, "the copy engine needs addresses that are multiples of 16"
+    assert all(n * size % 16 == 0 and 0 < n * size < 2**40 for n in stride[1:]), "and strides, below 2**40"
+    assert all(0 < n <= 2**32 for n in shape) and 0 < rows <= 256, "extents and rows have limits, too"
     words = [x.data_ptr() + offset * size, *shape, *(n * size for n in stride[1:]), rows, size]
     return b"".join(int(word).to_bytes(8, "little") for word in words) + bytes(32)
 

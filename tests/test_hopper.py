@@ -59,6 +59,20 @@ def test_kernels_equal_the_oracle(name, causal):
     check(Case(batch, seq, heads, kv_heads, 64, *pattern, causal, seed=1), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_that_are_not_there_weigh_nothing_where_the_log_sum_exp_is_small(dtype):
+    """A row beyond the last scores 0, which is a large number beside scores far below."""
+    q, k, v, dout = Case(1, 200, 1, 1, 64, (200,), (1,), False, seed=3).tensors(dtype)
+    q[..., 0], k[..., 0] = 30.0, -30.0  # 900 / 8 below zero
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for backend in ("hopper", "library"):
+        out = dilated_attention(*leaves, [200], [1], backend=backend)
+        results.append(torch.autograd.grad(out, leaves, dout))
+    for actual, right in zip(*results, strict=True):
+        torch.testing.assert_close(actual, right, atol=0.3, rtol=0.1)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_for_wide_heads_equal_the_oracle(dtype, causal):

@@ -4,8 +4,6 @@
 // they were asked for, and matrix products at once or when they are waited for, so that kernels which wait for too little
 // get wrong results here, too. A program in which no thread can go on is reported as such.
 
-#pragma once
-
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -76,7 +74,7 @@ struct Machine {
     std::vector<Fiber> fibers;
     ucontext_t scheduler;
     Fiber* current = nullptr;
-    u32 block = 0, blocks = 0;
+    u32 block = 0, blocks = 0, taken = 0;
     std::map<u32, Barrier> barriers;
     std::vector<Meeting> warps, groups;
     std::map<u32, Meeting> named;
@@ -147,12 +145,8 @@ inline bool __any_sync(u32, bool x) {
     return false;
 }
 
-template <typename T>
-T atomicAdd(T* to, T x) {
-    T before = *to;
-    *to += x;
-    return before;
-}
+// A counter of tiles that programs take: they run one after the other here, so each gets every so-manieth.
+inline u32 atomicAdd(u32*, u32) { return machine.block + machine.blocks * machine.taken++; }
 
 template <typename T>
 T uniform(T x) {
@@ -202,6 +196,11 @@ inline void barrier_wait(u32 address, u32 parity) {
     while (machine.barriers.at(address).phase == parity) yield();
 }
 
+inline void release(u32 barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
 inline void fence_async() {}
 template <int>
 void more_registers() {}
@@ -248,8 +247,6 @@ inline void copy_tile(const TensorMap* map, u32 to, u32 barrier, int c0, int c1,
     });
 }
 
-inline void prefetch_tile(const TensorMap*, int, int, int, int, int) {}
-
 inline void store_tile(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3, int c4) {
     for_elements(*map, from, {c0, c1, c2, c3, c4}, [](const unsigned char* here, unsigned char* there, int size) {
         if (there) memcpy(there, here, size);
@@ -278,7 +275,6 @@ void wait_stores() {}
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
-inline int afresh(int x) { return x; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 
@@ -443,7 +439,7 @@ inline int run_programs(u32 programs, u32 threads, u32 seed) {
     machine.random.seed(seed);
     for (u32 block = 0; block < programs; block++) {
         memset(memory, 0xFF, SHARED_BYTES);  // numbers that are none
-        machine.block = block, machine.blocks = programs;
+        machine.block = block, machine.blocks = programs, machine.taken = 0;
         machine.barriers.clear(), machine.named.clear(), machine.copies.clear();
         machine.warps.assign(threads / 32, {}), machine.groups.assign(threads / 128, {});
         machine.deposits.assign(threads / 32, std::vector<u64>(32));

@@ -38,8 +38,6 @@ constexpr int STATISTICS_BYTES = 2 * BLOCK_Q * 4;
 constexpr int KV_SLOTS = HEAD_DIM == 64 ? 2 : 1;
 constexpr int RESULTS = HEAD_DIM == 64 ? 1 : 2;  // as shared memory allows
 constexpr int STAGES = 2;
-constexpr int TILES_AHEAD = 4;
-constexpr int TILE_READERS = 3;
 
 struct Tile {
     int job, piece, head, row, map, first, blocks, all;  // blocks of queries: the first, how many, and of all
@@ -61,22 +59,12 @@ struct alignas(1024) Shared {
 };
 
 DEVICE Tile find_tile(const Params& params, int number) {
+    Place place = find_place(params, number);
+    const Job& job = params.jobs[place.job];
     Tile tile;
-    int job = 0;
-    while (job + 1 < params.count && number >= params.jobs[job + 1].first_tile) job++;
-    const Job& its = params.jobs[job];
-    number -= its.first_tile;
-    // Heads in chunks that fit the cache; within a chunk the longest tiles of all heads first.
-    int part = number / (its.chunk * its.row_tiles);
-    int inside = number - part * its.chunk * its.row_tiles;
-    int size = min(its.chunk, its.pieces * its.heads - part * its.chunk);
-    int place = part * its.chunk + inside % size;
-    tile.job = job;
-    tile.row = inside / size * BLOCK_K;
-    tile.piece = place / its.heads;
-    tile.head = place - tile.piece * its.heads;
-    tile.map = (tile.head + its.shift) % its.rate >= its.longer;
-    int rows = its.rows - tile.map;
+    tile.job = place.job, tile.piece = place.piece, tile.head = place.head, tile.map = place.map;
+    tile.row = place.number * BLOCK_K;  // the longest first
+    int rows = job.rows - tile.map;
     tile.all = (rows + BLOCK_Q - 1) / BLOCK_Q;
     tile.first = CAUSAL ? tile.row / BLOCK_Q : min(tile.row / BLOCK_Q, tile.all - 1);
     tile.blocks = CAUSAL ? tile.all - tile.first : tile.all;
@@ -84,39 +72,10 @@ DEVICE Tile find_tile(const Params& params, int number) {
     return tile;
 }
 
-// Take the next tile that has rows and tell the other warps; in the end, take one whose job is -1.
-DEVICE void take_tile(const Params& params, Shared& shared, u32 turn) {
-    Tile tile;
-    tile.job = -1;
-    for (u32 number; (number = atomicAdd(params.taken, 1u)) < params.tiles; tile.job = -1) {
-        tile = find_tile(params, number);
-        if (!(tile.blocks == 0)) break;
-    }
-    u32 slot = turn % TILES_AHEAD;
-    barrier_wait(AT(tile_empty, slot), ((turn / TILES_AHEAD) & 1) ^ 1);
-    shared.tiles[slot] = tile;
-    barrier_arrive(AT(tile_full, slot));
-}
-
-// The tile that was taken at this turn, for a thread that reads each of them once.
-DEVICE Tile next_tile(Shared& shared, u32& turn) {
-    u32 slot = turn % TILES_AHEAD;
-    barrier_wait(AT(tile_full, slot), (turn / TILES_AHEAD) & 1);
-    Tile tile = shared.tiles[slot];
-    barrier_arrive(AT(tile_empty, slot));
-    turn++;
-    return tile;
-}
-
 // The programs of one head begin at different queries, so that they do not add onto the same rows at once.
 DEVICE int block_of(const Tile& tile, int i) {
     int block = tile.first + i;
     return block < tile.all ? block : block - tile.all;
-}
-
-DEVICE void load(const TensorMap* map, u32 to, u32 barrier, int rows, int head, int offset, int row, int piece) {
-    for (int half = 0; half < HALVES; half++)
-        copy_tile(map, to + half * rows * 128, barrier, half * 64, head, offset, row, piece);
 }
 
 // Keys and values of the tiles, what the tiles are, and in the end word that there are no more.
@@ -134,8 +93,8 @@ DEVICE void produce_kv(const Params& params, Shared& shared) {
             const Job& job = params.jobs[tile.job];
             int offset = (tile.head + job.shift) % job.rate, head = tile.head / job.group;
             barrier_expect(full, 2 * KV_BYTES);
-            load(&job.k[tile.map], AT(k, slot), full, BLOCK_K, head, offset, tile.row, tile.piece);
-            load(&job.v[tile.map], AT(v, slot), full, BLOCK_K, head, offset, tile.row, tile.piece);
+            load_rows(&job.k[tile.map], AT(k, slot), full, BLOCK_K, head, offset, tile.row, tile.piece);
+            load_rows(&job.v[tile.map], AT(v, slot), full, BLOCK_K, head, offset, tile.row, tile.piece);
         }
         turn++;
     } while (tile.job >= 0);
@@ -154,13 +113,13 @@ DEVICE void produce_q(const Params& params, Shared& shared) {
             u32 stage = n % STAGES, parity = ((n / STAGES) & 1) ^ 1, full = AT(q_full, stage);
             barrier_wait(AT(q_empty, stage), parity);
             barrier_expect(full, Q_BYTES + STATISTICS_BYTES);
-            load(&job.q[tile.map], AT(q, stage), full, BLOCK_Q, tile.head, offset, block * BLOCK_Q,
+            load_rows(&job.q[tile.map], AT(q, stage), full, BLOCK_Q, tile.head, offset, block * BLOCK_Q,
                  tile.piece);
             copy_row(AT(statistics, stage), statistics + block * (2 * BLOCK_Q), STATISTICS_BYTES, full);
             full = AT(dout_full, stage);
             barrier_wait(AT(dout_empty, stage), parity);
             barrier_expect(full, Q_BYTES);
-            load(&job.dout[tile.map], AT(dout, stage), full, BLOCK_Q, tile.head, offset,
+            load_rows(&job.dout[tile.map], AT(dout, stage), full, BLOCK_Q, tile.head, offset,
                  block * BLOCK_Q, tile.piece);
             n++;
         }
@@ -213,10 +172,6 @@ struct Consumer {
         : params(params), shared(shared), group(group), lane(threadIdx.x % 32),
           row_in_group(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) {}
 
-    DEVICE void release(u32 barrier) {
-        if (lane == 0) barrier_arrive(barrier);
-    }
-
     // (64 keys, BLOCK_Q) = rows of keys or values times rows of queries or output gradients.
     DEVICE void queue_scores(float (&sums)[BLOCK_Q / 2], u32 keys, u32 queries) {
         u32 a = matrix(keys + group * 64 * 128), b = matrix(queries);
@@ -250,9 +205,10 @@ struct Consumer {
         product_commit();
     }
 
-    DEVICE void find_weights(u32 lse, int first_query, int first_key) {
+    DEVICE void find_weights(u32 lse, int first_query, int first_key, int rows) {
         u32 pairs = lse + lane % 4 * 8;
-        bool hidden = CAUSAL && first_query < first_key + 63;
+        // Rows that are not there score 0, which may weigh without bound against a small log-sum-exp.
+        bool hidden = CAUSAL ? first_query < first_key + 63 : first_key + 64 > rows;
 #pragma unroll
         for (int j = 0; j < BLOCK_Q / 8; j++) {
             float2 its = load_shared_pair(pairs + j * 32);
@@ -266,7 +222,7 @@ struct Consumer {
             for (int j = 0; j < BLOCK_Q / 8; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    if (query + j * 8 + i % 2 < key + i / 2 * 8) scores[4 * j + i] = 0.0f;
+                    if ((CAUSAL ? query + j * 8 + i % 2 : rows - 1) < key + i / 2 * 8) scores[4 * j + i] = 0.0f;
         }
     }
 
@@ -308,7 +264,6 @@ struct Consumer {
 
     DEVICE void results_ready() {
         fence_async();
-        __syncwarp();
         release(AT2(results_full, group, stored++ % RESULTS));
     }
 
@@ -364,7 +319,8 @@ struct Consumer {
     DEVICE void scores_to_weights(const Tile& tile, int i) {
         product_wait<1>();
         hold(scores);
-        find_weights(AT2(statistics, n % STAGES, 0), block_of(tile, i) * BLOCK_Q, tile.row + group * 64);
+        find_weights(AT2(statistics, n % STAGES, 0), block_of(tile, i) * BLOCK_Q, tile.row + group * 64,
+                     params.jobs[tile.job].rows - tile.map);
         product_wait<0>();
         hold(slopes);
     }
@@ -437,10 +393,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) backward(con
             barrier_init(AT(kv_full, slot), 1);
             barrier_init(AT(kv_empty, slot), GROUPS * 4);
         }
-        for (int slot = 0; slot < TILES_AHEAD; slot++) {
-            barrier_init(AT(tile_full, slot), 1);
-            barrier_init(AT(tile_empty, slot), TILE_READERS);
-        }
+        init_tile_barriers(shared);
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(AT(q_full, stage), 1);
             barrier_init(AT(dout_full, stage), 1);

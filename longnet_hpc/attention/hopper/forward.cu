@@ -39,11 +39,10 @@ struct Params {
 constexpr int BLOCK_M = 64;   // query rows of a warpgroup
 constexpr int BLOCK_N = 128;  // keys of a block
 constexpr int HALVES = HEAD_DIM / 64;
+static_assert(!CAUSAL || GROUPS * BLOCK_M <= BLOCK_N, "the last block of all warpgroups of a tile has to be the same");
 constexpr int Q_BYTES = BLOCK_M * HEAD_DIM * 2;
 constexpr int KV_BYTES = BLOCK_N * HEAD_DIM * 2;
 constexpr int Q_SLOTS = 2;
-constexpr int TILES_AHEAD = 4;
-constexpr int TILE_READERS = 3;
 constexpr float LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
 constexpr float LAZY = 8.0f;  // the running maximum may be so far behind, in powers of two
 constexpr int NOWHERE = 1 << 20;
@@ -72,54 +71,15 @@ struct alignas(1024) Shared {
 };
 
 DEVICE Tile find_tile(const Params& params, int number) {
+    Place place = find_place(params, number);
+    const Job& job = params.jobs[place.job];
     Tile tile;
-    int job = 0;
-    while (job + 1 < params.count && number >= params.jobs[job + 1].first_tile) job++;
-    const Job& its = params.jobs[job];
-    number -= its.first_tile;
-    // Heads in chunks that fit the cache; within a chunk the longest tiles of all heads first.
-    int part = number / (its.chunk * its.row_tiles);
-    int inside = number - part * its.chunk * its.row_tiles;
-    int size = min(its.chunk, its.pieces * its.heads - part * its.chunk);
-    int place = part * its.chunk + inside % size;
-    tile.job = job;
-    tile.row = (its.row_tiles - 1 - inside / size) * BLOCK_M * GROUPS;
-    tile.piece = place / its.heads;
-    tile.head = place - tile.piece * its.heads;
-    tile.map = (tile.head + its.shift) % its.rate >= its.longer;
-    tile.rows = its.rows - tile.map;
+    tile.job = place.job, tile.piece = place.piece, tile.head = place.head, tile.map = place.map;
+    tile.row = (job.row_tiles - 1 - place.number) * BLOCK_M * GROUPS;  // the longest first
+    tile.rows = job.rows - tile.map;
     int seen = CAUSAL ? min(tile.rows, tile.row + BLOCK_M * GROUPS) : tile.rows;
-    tile.blocks = (seen + BLOCK_N - 1) / BLOCK_N;
+    tile.blocks = tile.row < tile.rows ? (seen + BLOCK_N - 1) / BLOCK_N : 0;
     return tile;
-}
-
-// Take the next tile that has rows and tell the other warps; in the end, take one whose job is -1.
-DEVICE void take_tile(const Params& params, Shared& shared, u32 turn) {
-    Tile tile;
-    tile.job = -1;
-    for (u32 number; (number = atomicAdd(params.taken, 1u)) < params.tiles; tile.job = -1) {
-        tile = find_tile(params, number);
-        if (!(tile.row >= tile.rows)) break;
-    }
-    u32 slot = turn % TILES_AHEAD;
-    barrier_wait(AT(tile_empty, slot), ((turn / TILES_AHEAD) & 1) ^ 1);
-    shared.tiles[slot] = tile;
-    barrier_arrive(AT(tile_full, slot));
-}
-
-// The tile that was taken at this turn, for a thread that reads each of them once.
-DEVICE Tile next_tile(Shared& shared, u32& turn) {
-    u32 slot = turn % TILES_AHEAD;
-    barrier_wait(AT(tile_full, slot), (turn / TILES_AHEAD) & 1);
-    Tile tile = shared.tiles[slot];
-    barrier_arrive(AT(tile_empty, slot));
-    turn++;
-    return tile;
-}
-
-DEVICE void load(const TensorMap* map, u32 to, u32 barrier, int rows, int head, int offset, int row, int piece) {
-    for (int half = 0; half < HALVES; half++)
-        copy_tile(map, to + half * rows * 128, barrier, half * 64, head, offset, row, piece);
 }
 
 // Compact results of other grids for the rows of each warpgroup: a lane for each of both.
@@ -143,7 +103,7 @@ DEVICE void load_parts(const Params& params, Shared& shared, const Tile& tile, u
     u32 full = AT(parts_full, g);
     if (there) {
         barrier_expect(full, part.held * HEAD_DIM * 2);
-        load(&part.out[offset >= part.longer], AT(parts, g) + part.first * HEAD_DIM * 2, full,
+        load_rows(&part.out[offset >= part.longer], AT(parts, g) + part.first * HEAD_DIM * 2, full,
              part.held, tile.head, 0, skipped, piece);
     } else {
         barrier_arrive(full);
@@ -168,7 +128,7 @@ DEVICE void produce_q(const Params& params, Shared& shared) {
             } else {
                 const Job& job = params.jobs[tile.job];
                 barrier_expect(full, Q_BYTES);
-                load(&job.q[tile.map], AT2(q, slot, g), full, BLOCK_M, tile.head,
+                load_rows(&job.q[tile.map], AT2(q, slot, g), full, BLOCK_M, tile.head,
                      (tile.head + job.shift) % job.rate, tile.row + g * BLOCK_M, tile.piece);
             }
         }
@@ -190,7 +150,7 @@ DEVICE void produce_kv(const Params& params, Shared& shared) {
             u32 stage = n % STAGES, full = VALUES ? AT(v_full, stage) : AT(k_full, stage);
             barrier_wait(VALUES ? AT(v_empty, stage) : AT(k_empty, stage), ((n / STAGES) & 1) ^ 1);
             barrier_expect(full, KV_BYTES);
-            load(map, VALUES ? AT(v, stage) : AT(k, stage), full, BLOCK_N, head, offset, block * BLOCK_N, tile.piece);
+            load_rows(map, VALUES ? AT(v, stage) : AT(k, stage), full, BLOCK_N, head, offset, block * BLOCK_N, tile.piece);
             n++;
         }
     }
@@ -230,10 +190,6 @@ struct Consumer {
     DEVICE Consumer(const Params& params, Shared& shared, int group)
         : params(params), shared(shared), group(group), lane(threadIdx.x % 32),
           row_in_group(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) {}
-
-    DEVICE void release(u32 barrier) {
-        if (lane == 0) barrier_arrive(barrier);
-    }
 
     DEVICE void queue_scores(u32 slot) {
         u32 stage = n % STAGES;
@@ -359,7 +315,6 @@ struct Consumer {
                            pack(out[8 * c + 6] * factor[1], out[8 * c + 7] * factor[1]));
         }
         fence_async();
-        __syncwarp();
         release(AT2(out_full, slot, group));
     }
 
@@ -424,7 +379,7 @@ struct Consumer {
 
     // The first block of a tile, which ends the tile before where that is PENDING.
     template <bool PENDING>
-    DEVICE void begin(const Tile& tile, u32 slot, u32 turn, int blocks, const Tile& before, u32 before_slot) {
+    DEVICE void begin(const Tile& tile, u32 slot, u32 turn, const Tile& before, u32 before_slot) {
         if (PARTS) begin_parts(tile, turn);
         queue_scores(slot);
         float old_top[2] = {top[0], top[1]}, old_total[2] = {total[0], total[1]};
@@ -435,7 +390,7 @@ struct Consumer {
             product_wait<0>();
         }
         scores_done();
-        hide(tile, (blocks - 1) * BLOCK_N);
+        hide(tile, (tile.blocks - 1) * BLOCK_N);
         top_of_parts();
         softmax<true>();
         if constexpr (PENDING) {
@@ -447,9 +402,26 @@ struct Consumer {
         for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0.0f;
         if (PARTS) {
             add_parts();
-            __syncwarp();
+            fence_async();  // these reads come before the next copies
             release(AT(parts_empty, 0));
         }
+    }
+
+    // A tile that has no rows for this warpgroup.
+    DEVICE void skip(const Tile& tile, u32 slot, u32 turn) {
+        for (int i = 0; i < tile.blocks; i++) {
+            u32 stage = n % STAGES, parity = (n / STAGES) & 1;
+            barrier_wait(AT(k_full, stage), parity);
+            release(AT(k_empty, stage));
+            barrier_wait(AT(v_full, stage), parity);
+            release(AT(v_empty, stage));
+            n++;
+        }
+        if (PARTS) {
+            barrier_wait(AT(parts_full, group), turn & 1);
+            release(AT(parts_empty, 0));
+        }
+        release(AT2(out_full, slot, group));
     }
 
     DEVICE void run() {
@@ -463,43 +435,22 @@ struct Consumer {
             tile.job = uniform(tile.job), tile.row = uniform(tile.row), tile.blocks = uniform(tile.blocks);
             tile.rows = uniform(tile.rows);
             if (tile.job < 0) break;
-            int first_row = tile.row + group * BLOCK_M, skipped = 0;
-            if (first_row >= tile.rows) {
-                skipped = tile.blocks;
-            } else if (CAUSAL) {
-                skipped = tile.blocks - 1 - min(tile.blocks - 1, (first_row + BLOCK_M - 1) / BLOCK_N);
-            }
-            if (skipped > 0) {
+            if (tile.row + group * BLOCK_M >= tile.rows) {
                 if (pending) {
                     queue_outputs();
                     outputs_done();
                     store(before, before_slot, top, total);
                     pending = false;
                 }
-                for (int i = 0; i < skipped; i++) {
-                    u32 stage = n % STAGES, parity = (n / STAGES) & 1;
-                    barrier_wait(AT(k_full, stage), parity);
-                    release(AT(k_empty, stage));
-                    barrier_wait(AT(v_full, stage), parity);
-                    release(AT(v_empty, stage));
-                    n++;
-                }
-                if (skipped == tile.blocks) {
-                    if (PARTS) {
-                        barrier_wait(AT(parts_full, group), turn & 1);
-                        release(AT(parts_empty, 0));
-                    }
-                    release(AT2(out_full, slot, group));
-                    continue;
-                }
+                skip(tile, slot, turn);
+                continue;
             }
-            int blocks = tile.blocks - skipped;
             if (pending) {
-                begin<true>(tile, slot, turn, blocks, before, before_slot);
+                begin<true>(tile, slot, turn, before, before_slot);
             } else {
-                begin<false>(tile, slot, turn, blocks, before, before_slot);
+                begin<false>(tile, slot, turn, before, before_slot);
             }
-            for (int block = 1; block < blocks; block++) {
+            for (int block = 1; block < tile.blocks; block++) {
                 queue_scores(slot);
                 queue_outputs();
                 product_wait<1>();
@@ -529,10 +480,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) forward(cons
             for (int g = 0; g < GROUPS; g++) barrier_init(AT2(out_full, slot, g), 4);
             barrier_init(AT(q_empty, slot), 1);
         }
-        for (int slot = 0; slot < TILES_AHEAD; slot++) {
-            barrier_init(AT(tile_full, slot), 1);
-            barrier_init(AT(tile_empty, slot), TILE_READERS);
-        }
+        init_tile_barriers(shared);
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(AT(k_full, stage), 1);
             barrier_init(AT(v_full, stage), 1);

@@ -38,9 +38,11 @@ def source_of(file: str, dtype: torch.dtype, settings: tuple[tuple[str, int], ..
     lines += [f"#define PRODUCT_D product_{head_dim}", f"#define PRODUCT_Q product_{block}"]
     if dtype == torch.bfloat16:
         lines.append("#define BFLOAT16")
-    primitives = (here / "primitives.cuh").read_text().replace("#pragma once", "")
     widths = tuple(sorted({64, 128, head_dim}))
-    return "\n".join([*lines, primitives, products(widths, _ELEMENTS[dtype]), (here / file).read_text()])
+    texts = {name: (here / name).read_text() for name in ("primitives.cuh", "tiles.cuh", file)}
+    return "\n".join(
+        [*lines, texts["primitives.cuh"], products(widths, _ELEMENTS[dtype]), texts["tiles.cuh"], texts[file]]
+    )
 
 
 @cache

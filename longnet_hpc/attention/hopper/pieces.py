@@ -31,6 +31,8 @@ _SLOWER_BACKWARD = {(128, True)}
 """head_dim and causal of which cuDNN's gradients were faster where both were measured (docs/LOG.md, 2026-11-25)."""
 _MOST_ROWS = 2**31
 """Rows of all heads and sequences, which kernels count in 32 bits."""
+_LARGEST_RATE = 2**20
+"""The copy engine takes strides below 2**40 bytes, and a token may have 2**20."""
 
 
 def takes(q: torch.Tensor, pieces: Sequence[Piece], *, causal: bool, backward: bool) -> bool:
@@ -42,7 +44,7 @@ def takes(q: torch.Tensor, pieces: Sequence[Piece], *, causal: bool, backward: b
     batch, seq, heads, head_dim = q.shape
     if backward and (torch.are_deterministic_algorithms_enabled() or (head_dim, causal) in _SLOWER_BACKWARD):
         return False
-    if not 0 < batch * seq * heads < _MOST_ROWS:
+    if not 0 < batch * seq * heads < _MOST_ROWS or any(branch.dilation_rate > _LARGEST_RATE for _, branch, _ in pieces):
         return False
     return all(batch == 1 or run.count == 1 or run.count * run.length == seq for _, _, run in pieces)
 
@@ -133,7 +135,7 @@ def _fills(x: torch.Tensor) -> torch.Tensor:
     """Return ``x``, copied if its sequences do not follow one another evenly, or if some are one and the same."""
     batch, seq, _, _ = x.shape
     even = (batch == 1 or x.stride(0) == seq * x.stride(1)) and 0 not in x.stride()
-    return x if even else x.contiguous()
+    return x if even else x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense_pieces(q: torch.Tensor, pieces: Sequence[Piece]) -> list[Piece]:

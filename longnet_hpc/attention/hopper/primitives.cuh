@@ -1,8 +1,6 @@
 // Hopper's instructions under plain names: barriers in shared memory, copies of tensor tiles, matrix products of a
 // warpgroup. Shared memory is addressed by 32-bit numbers. No header is needed, so that NVRTC alone compiles this.
 
-#pragma once
-
 using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
@@ -47,13 +45,15 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
     } while (!done);
 }
 
+// Of a warp all of whose lanes have waited for what they hand back.
+DEVICE void release(u32 barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
 // Barriers by number, for some of the warps of a program.
 DEVICE void named_sync(u32 number, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
-DEVICE void named_arrive(u32 number, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // What this thread wrote to shared memory may now be read by the copy engine and the tensor cores.
@@ -81,13 +81,6 @@ DEVICE void copy_tile(const TensorMap* map, u32 to, u32 barrier, int c0, int c1,
         "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
         "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
-}
-
-// Bring a tile into the cache.
-DEVICE void prefetch_tile(const TensorMap* map, int c0, int c1, int c2, int c3, int c4) {
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(c0),
-                 "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-                 : "memory");
 }
 
 DEVICE void add_tile(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3, int c4) {
@@ -163,12 +156,6 @@ DEVICE void hold(T (&registers)[N]) {
     }
 }
 
-// The same number, of which the compiler knows nothing: what follows from it is computed here, not kept from before a loop.
-DEVICE int afresh(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
 DEVICE float exp2_fast(float x) {
@@ -207,13 +194,13 @@ DEVICE void unpack(u32 both, float& low, float& high) {
 
 DEVICE u32 load_shared(u32 address) {
     u32 value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
     return value;
 }
 
 DEVICE float2 load_shared_pair(u32 address) {
     float2 value;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address));
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
     return value;
 }
 
