@@ -60,7 +60,8 @@ def tensor_map(x, offset, shape, stride, rows):
     size = x.element_size()
     assert (x.data_ptr() + offset * size) % 16 == 0, "the copy engine needs addresses that are multiples of 16"
     assert all(n * size % 16 == 0 and 0 < n * size < 2**40 for n in stride[1:]), "and strides, below 2**40"
-    assert all(0 < n <= 2**32 for n in shape) and 0 < rows <= 256, "extents and rows have limits, too"
+    assert all(0 < n <= 2**32 for n in shape), "and extents"
+    assert 0 < rows <= 256, "and rows of a tile"
     words = [x.data_ptr() + offset * size, *shape, *(n * size for n in stride[1:]), rows, size]
     return b"".join(int(word).to_bytes(8, "little") for word in words) + bytes(32)
 
