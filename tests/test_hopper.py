@@ -1,7 +1,10 @@
 """Kernels for Hopper, acted out on the CPU (emulator/hopper.h): what test_cuda.py says of the GPU, at smaller sizes."""
 
+import importlib.machinery
 import math
 import struct
+import sys
+import types
 
 import hopper_emulator
 import oracle
@@ -19,6 +22,7 @@ from longnet_hpc.attention.hopper import pieces
 from longnet_hpc.attention.hopper.backward import backward_job
 from longnet_hpc.attention.hopper.gradients import add_rows
 from longnet_hpc.attention.hopper.jobs import Rows
+from longnet_hpc.attention.hopper.launch import missing
 from longnet_hpc.attention.hopper.rows import MAX_JOBS, divisor
 from longnet_hpc.attention.hopper.statistics import find_statistics
 from longnet_hpc.attention.library import LIBRARY
@@ -161,3 +165,16 @@ def test_rows_are_added_in_place_and_rounded_once(head_dim, dtype, case):
 def test_quotients_are_products(x, number):
     number, factor, shift = struct.unpack("<3I", divisor(number))
     assert x * factor >> shift == x // number
+
+
+def test_what_is_missing_is_said_where_the_driver_is_older_than_the_compiler(monkeypatch):
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.driver = types.SimpleNamespace(cuDriverGetVersion=lambda: (0, 12080))
+    bindings.nvrtc = types.SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0))
+    for name in ("cuda", "cuda.bindings"):
+        module = types.ModuleType(name) if name == "cuda" else bindings
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert missing() == "NVRTC is of CUDA 13, the driver of 12"
+    bindings.driver.cuDriverGetVersion = lambda: (0, 13000)
+    assert missing() is None

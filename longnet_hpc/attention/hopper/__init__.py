@@ -7,13 +7,14 @@ that came from other ranks, for instance) goes to cuDNN.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 
 from longnet_hpc.attention.backend import AllPieces, Backend
 from longnet_hpc.attention.cudnn import CUDNN
+from longnet_hpc.attention.hopper.launch import missing
 from longnet_hpc.attention.hopper.pieces import backward, forward, takes
 
 __all__ = ["HOPPER"]
@@ -25,9 +26,12 @@ def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 @cache
 def _can_launch(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9 and all(
-        find_spec(name.partition(".")[0]) and find_spec(name) for name in ("cuda.bindings", "triton")
-    )
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    reason = missing()
+    if reason:
+        logging.getLogger("longnet_hpc").info("kernels for Hopper are not used: %s", reason)
+    return reason is None
 
 
 HOPPER = Backend(

@@ -6,15 +6,30 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from longnet_hpc.attention.hopper.products import products
 
-__all__ = ["compiled", "launch", "most_programs", "source_of", "tensor_map"]
+__all__ = ["compiled", "launch", "missing", "most_programs", "source_of", "tensor_map"]
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def missing() -> str | None:
+    """Return what this machine lacks to compile and launch kernels, if anything."""
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "cuda-bindings is not installed"
+    from cuda.bindings import driver, nvrtc
+
+    try:
+        compiler = nvrtc.nvrtcVersion()[1]
+        version = _checked(driver.cuDriverGetVersion()) // 1000
+    except RuntimeError as error:  # how a library is reported that is not there
+        return str(error).splitlines()[0]
+    return f"NVRTC is of CUDA {compiler}, the driver of {version}" if version < compiler else None
 
 
 @cache
