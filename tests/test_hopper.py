@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from longnet_hpc import attention, dilated_attention
+from longnet_hpc.attention import hopper
 from longnet_hpc.attention.backend import AllPieces, Backend
 from longnet_hpc.attention.hopper import pieces
 from longnet_hpc.attention.hopper.backward import backward_job
@@ -178,3 +179,21 @@ def test_what_is_missing_is_said_where_the_driver_is_older_than_the_compiler(mon
     assert missing() == "NVRTC is of CUDA 13, the driver of 12"
     bindings.driver.cuDriverGetVersion = lambda: (0, 13000)
     assert missing() is None
+
+
+def test_attention_compiles_into_one_graph_where_the_gpu_is_asked_for_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def supports(device, dtype, head_dim):
+        hopper._can_launch(device)
+        return False
+
+    monkeypatch.setitem(attention.BACKENDS, "hopper", Backend("hopper", supports, LIBRARY.forward, LIBRARY.backward))
+    x = torch.randn(1, 32, 2, 8)
+
+    def attend(x):
+        return dilated_attention(x, x, x, [8, 32], [1, 2])
+
+    expected = attend(x)
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="eager")(x), expected)
+    hopper._can_launch.cache_clear()

@@ -25,6 +25,7 @@ def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 @cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile does not look inside
 def _can_launch(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False

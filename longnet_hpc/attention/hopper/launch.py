@@ -15,20 +15,24 @@ from longnet_hpc.attention.hopper.products import products
 
 __all__ = ["compiled", "launch", "missing", "most_programs", "source_of", "tensor_map"]
 
+_OLDEST_CUDA = 12
+"""The first major release that knows Hopper's instructions."""
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def missing() -> str | None:
     """Return what this machine lacks to compile and launch kernels, if anything."""
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "cuda-bindings is not installed"
-    from cuda.bindings import driver, nvrtc
-
     try:
+        if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+            return "cuda-bindings is not installed"
+        from cuda.bindings import driver, nvrtc
+
         compiler = nvrtc.nvrtcVersion()[1]
         version = _checked(driver.cuDriverGetVersion()) // 1000
-    except RuntimeError as error:  # how a library is reported that is not there
+    except (ImportError, RuntimeError) as error:  # how libraries are reported that are not there
         return str(error).splitlines()[0]
+    if compiler < _OLDEST_CUDA:
+        return f"NVRTC is of CUDA {compiler}, {_OLDEST_CUDA} is needed"
     return f"NVRTC is of CUDA {compiler}, the driver of {version}" if version < compiler else None
 
 

@@ -109,7 +109,7 @@ def backward(
         dense_backward_job(q, rows, dense_dk, dense_dv) if piece in dense else backward_job(q, rows)
         for piece, rows in zip(pieces, map(_rows, pieces), strict=True)
     ]
-    find_statistics(output.out, dout, output.lse, jobs)
+    find_statistics(output.out.contiguous(), dout, output.lse.contiguous(), jobs)
     dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     for some in _batched(jobs):
         run_backward(dout, q, k, v, dq_sum, some, causal=causal, scale=scale)
