@@ -51,11 +51,10 @@ def mixture(
         ``(batch, local_len, heads, head_dim)``, differentiable once, and ``(batch, local_len, heads)``, which is not.
         Collective over the ranks of the plan, forward and backward.
     """
-    out, lse, _ = _forward(q, k, v, plan.handle, causal, scale)
+    out, lse, _ = torch.ops.longnet_hpc.mixture.default(q, k, v, plan.handle, causal, scale)
     return out, lse.detach()
 
 
-@torch.library.custom_op("longnet_hpc::mixture", mutates_args=())
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -87,7 +86,6 @@ def _forward(
     return out, lse, received
 
 
-@torch.library.custom_op("longnet_hpc::mixture_backward", mutates_args=())
 def _backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -133,8 +131,7 @@ def _backward(
         return result or (dq.result(), dk.result(), dv.result())
 
 
-@_forward.register_fake
-def _(
+def _fake_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     # Numbers of heads are part of the geometry, so a graph of any shape is made for these.
@@ -143,8 +140,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype)), received
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -160,11 +156,23 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 def _differentiate(ctx: Any, dout: torch.Tensor, *others: Any) -> tuple[torch.Tensor | None, ...]:
     q, k, v, out, lse, *received = ctx.saved_tensors
-    grads = _backward(dout, q, k, v, out, lse, received, ctx.handle, ctx.causal, ctx.scale)
+    grads = torch.ops.longnet_hpc.mixture_backward.default(
+        dout, q, k, v, out, lse, received, ctx.handle, ctx.causal, ctx.scale
+    )
     return (*grads, None, None, None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+def _refuse(ctx: Any, *grads: torch.Tensor) -> None:
+    raise RuntimeError("dilated attention is differentiable once")
+
+
+# `torch.library.custom_op` says this in one line, but its checks of each call take as long as a small kernel.
+for _name, _function, _fake in (("mixture", _forward, _fake_forward), ("mixture_backward", _backward, _fake_backward)):
+    torch.library.define(f"longnet_hpc::{_name}", torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.impl(f"longnet_hpc::{_name}", "CompositeExplicitAutograd", _function)
+    torch.library.register_fake(f"longnet_hpc::{_name}", _fake)
+torch.library.register_autograd("longnet_hpc::mixture", _differentiate, setup_context=_keep)
+torch.library.register_autograd("longnet_hpc::mixture_backward", _refuse)
 
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()

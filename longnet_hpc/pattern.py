@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import SupportsIndex
 
 from longnet_hpc.errors import PatternError
 
@@ -176,7 +175,7 @@ class Pattern:
 
 def _integer(name: str, value: object, limit: int) -> int:
     """Return a value as Python's integer, which never wraps, unlike NumPy's and torch's."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise PatternError(f"{name} must be an integer, got {value!r}")
     if index(value) < limit:
         raise PatternError(f"{name} must be at least {limit}, got {value}")

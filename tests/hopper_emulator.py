@@ -55,14 +55,13 @@ def launch(library, programs, threads, shared_bytes, params):
         raise StuckError("no thread can go on")
 
 
-def tensor_map(x, offset, shape, stride, rows):
+def tensor_map(dtype, address, shape, strides, rows):
     """Return what `launch.tensor_map` does, in the emulator's form."""
-    size = x.element_size()
-    assert (x.data_ptr() + offset * size) % 16 == 0, "the copy engine needs addresses that are multiples of 16"
-    assert all(n * size % 16 == 0 and 0 < n * size < 2**40 for n in stride[1:]), "and strides, below 2**40"
+    assert address % 16 == 0, "the copy engine needs addresses that are multiples of 16"
+    assert all(n % 16 == 0 and 0 < n < 2**40 for n in strides), "and strides, below 2**40"
     assert all(0 < n <= 2**32 for n in shape), "and extents"
     assert 0 < rows <= 256, "and rows of a tile"
-    words = [x.data_ptr() + offset * size, *shape, *(n * size for n in stride[1:]), rows, size]
+    words = [address, *shape, *strides, rows, dtype.itemsize]
     return b"".join(int(word).to_bytes(8, "little") for word in words) + bytes(32)
 
 

@@ -2,8 +2,8 @@
 //
 // A grid ("job") has pieces, heads and up to `rows` rows a head and piece, which lie `rate` tokens apart. Programs are
 // persistent: one warp copies tiles in the order in which GROUPS warpgroups consume them. Each warpgroup owns 64 query
-// rows of a tile and walks its keys from the last block to the first, so that only its first block is masked. The
-// products of a block and the softmax of the next run side by side, across tiles, too. With PARTS, grids are dense
+// rows of a tile and walks the keys that they see from the last block to the first, so that only its first block is
+// masked; where but half of that is seen, the other half is not computed. The products of a block and the softmax of the next run side by side, across tiles, too. With PARTS, grids are dense
 // (`rate` 1), and the softmax of a row starts from the compact results of other grids on which the row lies.
 
 struct Job {
@@ -39,7 +39,7 @@ struct Params {
 constexpr int BLOCK_M = 64;   // query rows of a warpgroup
 constexpr int BLOCK_N = 128;  // keys of a block
 constexpr int HALVES = HEAD_DIM / 64;
-static_assert(!CAUSAL || GROUPS * BLOCK_M <= BLOCK_N, "the last block of all warpgroups of a tile has to be the same");
+static_assert(GROUPS * BLOCK_M <= BLOCK_N + BLOCK_M, "a warpgroup sees at most one block less than another");
 constexpr int Q_BYTES = BLOCK_M * HEAD_DIM * 2;
 constexpr int KV_BYTES = BLOCK_N * HEAD_DIM * 2;
 constexpr int Q_SLOTS = 2;
@@ -191,6 +191,7 @@ struct Consumer {
         : params(params), shared(shared), group(group), lane(threadIdx.x % 32),
           row_in_group(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) {}
 
+    template <int KEYS>
     DEVICE void queue_scores(u32 slot) {
         u32 stage = n % STAGES;
         barrier_wait(AT(k_full, stage), (n / STAGES) & 1);
@@ -198,14 +199,19 @@ struct Consumer {
         product_fence();
 #pragma unroll
         for (int step = 0; step < HEAD_DIM / 16; step++) {
-            u32 inside = step % 4 * 2;
-            product_128<0, 0>(scores, a + inside + step / 4 * (BLOCK_M * 128 >> 4),
-                              b + inside + step / 4 * (BLOCK_N * 128 >> 4), step > 0);
+            u32 its_a = a + step % 4 * 2 + step / 4 * (BLOCK_M * 128 >> 4);
+            u32 its_b = b + step % 4 * 2 + step / 4 * (BLOCK_N * 128 >> 4);
+            if constexpr (KEYS == BLOCK_N) {
+                product_128<0, 0>(scores, its_a, its_b, step > 0);
+            } else {
+                product_64<0, 0>(reinterpret_cast<float (&)[32]>(scores), its_a, its_b, step > 0);
+            }
         }
         product_commit();
         n++;
     }
 
+    template <int KEYS>
     DEVICE void queue_outputs() {
         u32 stage = held % STAGES;
         barrier_wait(AT(v_full, stage), (held / STAGES) & 1);
@@ -214,7 +220,7 @@ struct Consumer {
         hold(weights);
         product_fence();
 #pragma unroll
-        for (int step = 0; step < BLOCK_N / 16; step++)
+        for (int step = 0; step < KEYS / 16; step++)
             PRODUCT_D<1>(out, weights + step * 4, b + step * (16 * 128 >> 4), 1);
         product_commit();
     }
@@ -231,13 +237,13 @@ struct Consumer {
     }
 
     // With FIRST, `top` holds the largest log-sum-exp of the parts.
-    template <bool FIRST>
+    template <bool FIRST, int KEYS>
     DEVICE void softmax() {
 #pragma unroll
         for (int side = 0; side < 2; side++) {
             float most = fmaxf(scores[2 * side], scores[2 * side + 1]);
 #pragma unroll
-            for (int j = 1; j < BLOCK_N / 8; j++)
+            for (int j = 1; j < KEYS / 8; j++)
                 most = fmaxf(most, fmaxf(scores[4 * j + 2 * side], scores[4 * j + 2 * side + 1]));
             most = row_max(most) * params.scale;
             if constexpr (FIRST) {
@@ -251,7 +257,7 @@ struct Consumer {
             }
             float sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < BLOCK_N / 8; j++)
+            for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
                 for (int i = 2 * side; i < 2 * side + 2; i++) {
                     scores[4 * j + i] = exp2_fast(scores[4 * j + i] * params.scale - top[side]);
@@ -261,9 +267,10 @@ struct Consumer {
         }
     }
 
+    template <int KEYS>
     DEVICE void pack_weights() {
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 4; i++) weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
+        for (int i = 0; i < BLOCK_N / 4; i++) weights[i] = i < KEYS / 4 ? pack(scores[2 * i], scores[2 * i + 1]) : 0;
         held = n - 1;
     }
 
@@ -276,14 +283,15 @@ struct Consumer {
         }
     }
 
+    template <int KEYS>
     DEVICE void hide(const Tile& tile, int first_key) {
-        if (first_key + BLOCK_N <= tile.rows && !(CAUSAL && first_key + BLOCK_N > tile.row + group * BLOCK_M)) return;
+        if (first_key + KEYS <= tile.rows && !(CAUSAL && first_key + KEYS > tile.row + group * BLOCK_M)) return;
         int row = tile.row + group * BLOCK_M + row_in_group, key = first_key + lane % 4 * 2;
 #pragma unroll
         for (int side = 0; side < 2; side++) {
             int end = CAUSAL ? min(tile.rows, row + side * 8 + 1) : tile.rows;
 #pragma unroll
-            for (int j = 0; j < BLOCK_N / 8; j++)
+            for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
                 for (int i = 0; i < 2; i++)
                     if (key + j * 8 + i >= end) scores[4 * j + 2 * side + i] = -INFINITE;
@@ -377,27 +385,38 @@ struct Consumer {
         }
     }
 
-    // The first block of a tile, which ends the tile before where that is PENDING.
-    template <bool PENDING>
-    DEVICE void begin(const Tile& tile, u32 slot, u32 turn, const Tile& before, u32 before_slot) {
+    // Blocks of keys that rows of this warpgroup see.
+    DEVICE int blocks_of(const Tile& tile) {
+        if (!CAUSAL) return tile.blocks;
+        return (min(tile.rows, tile.row + (group + 1) * BLOCK_M) + BLOCK_N - 1) / BLOCK_N;
+    }
+
+    // The first KEYS of the last block are where a tile begins, which ends the tile before where that is PENDING.
+    template <bool PENDING, int KEYS>
+    DEVICE void begin(const Tile& tile, int blocks, u32 slot, u32 turn, const Tile& before, u32 before_slot) {
         if (PARTS) begin_parts(tile, turn);
-        queue_scores(slot);
+        u32 unseen = n;  // a block that only rows of other warpgroups see
+        if (blocks < tile.blocks) {
+            pass(AT(k_full, n % STAGES), AT(k_empty, n % STAGES), n);
+            n++;
+        }
+        queue_scores<KEYS>(slot);
         float old_top[2] = {top[0], top[1]}, old_total[2] = {total[0], total[1]};
         if constexpr (PENDING) {
-            queue_outputs();
+            queue_outputs<BLOCK_N>();
             product_wait<1>();
         } else {
             product_wait<0>();
         }
         scores_done();
-        hide(tile, (tile.blocks - 1) * BLOCK_N);
+        hide<KEYS>(tile, (blocks - 1) * BLOCK_N);
         top_of_parts();
-        softmax<true>();
+        softmax<true, KEYS>();
         if constexpr (PENDING) {
             outputs_done();
             store(before, before_slot, old_top, old_total);
         }
-        pack_weights();
+        pack_weights<KEYS>();
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; i++) out[i] = 0.0f;
         if (PARTS) {
@@ -405,17 +424,33 @@ struct Consumer {
             fence_async();  // these reads come before the next copies
             release(AT(parts_empty, 0));
         }
+        if (blocks < tile.blocks) pass(AT(v_full, unseen % STAGES), AT(v_empty, unseen % STAGES), unseen);
+    }
+
+    // The next block of a tile, while the outputs of the block before, of which KEYS count, are computed.
+    template <int KEYS>
+    DEVICE void block(u32 slot) {
+        queue_scores<BLOCK_N>(slot);
+        queue_outputs<KEYS>();
+        product_wait<1>();
+        scores_done();
+        softmax<false, BLOCK_N>();
+        outputs_done();
+        pack_weights<BLOCK_N>();
+        rescale();
+    }
+
+    // Hand a block back that is not needed here.
+    DEVICE void pass(u32 full, u32 empty, u32 number) {
+        barrier_wait(full, (number / STAGES) & 1);
+        release(empty);
     }
 
     // A tile that has no rows for this warpgroup.
     DEVICE void skip(const Tile& tile, u32 slot, u32 turn) {
-        for (int i = 0; i < tile.blocks; i++) {
-            u32 stage = n % STAGES, parity = (n / STAGES) & 1;
-            barrier_wait(AT(k_full, stage), parity);
-            release(AT(k_empty, stage));
-            barrier_wait(AT(v_full, stage), parity);
-            release(AT(v_empty, stage));
-            n++;
+        for (int i = 0; i < tile.blocks; i++, n++) {
+            pass(AT(k_full, n % STAGES), AT(k_empty, n % STAGES), n);
+            pass(AT(v_full, n % STAGES), AT(v_empty, n % STAGES), n);
         }
         if (PARTS) {
             barrier_wait(AT(parts_full, group), turn & 1);
@@ -437,7 +472,7 @@ struct Consumer {
             if (tile.job < 0) break;
             if (tile.row + group * BLOCK_M >= tile.rows) {
                 if (pending) {
-                    queue_outputs();
+                    queue_outputs<BLOCK_N>();
                     outputs_done();
                     store(before, before_slot, top, total);
                     pending = false;
@@ -445,27 +480,30 @@ struct Consumer {
                 skip(tile, slot, turn);
                 continue;
             }
-            if (pending) {
-                begin<true>(tile, slot, turn, before, before_slot);
+            const int blocks = blocks_of(tile), first = (blocks - 1) * BLOCK_N;
+            int end = CAUSAL ? min(tile.rows, tile.row + (group + 1) * BLOCK_M) : tile.rows, done = 1;
+            if (NARROW && end - first <= BLOCK_N / 2) {
+                if (pending) {
+                    begin<true, BLOCK_N / 2>(tile, blocks, slot, turn, before, before_slot);
+                } else {
+                    begin<false, BLOCK_N / 2>(tile, blocks, slot, turn, before, before_slot);
+                }
+                if (blocks > 1) {
+                    block<BLOCK_N / 2>(slot);
+                    done = 2;
+                }
+            } else if (pending) {
+                begin<true, BLOCK_N>(tile, blocks, slot, turn, before, before_slot);
             } else {
-                begin<false>(tile, slot, turn, before, before_slot);
+                begin<false, BLOCK_N>(tile, blocks, slot, turn, before, before_slot);
             }
-            for (int block = 1; block < tile.blocks; block++) {
-                queue_scores(slot);
-                queue_outputs();
-                product_wait<1>();
-                scores_done();
-                softmax<false>();
-                outputs_done();
-                pack_weights();
-                rescale();
-            }
+            for (; done < blocks; done++) block<BLOCK_N>(slot);
             before = tile;
             before_slot = slot;
             pending = true;
         }
         if (pending) {
-            queue_outputs();
+            queue_outputs<BLOCK_N>();
             outputs_done();
             store(before, before_slot, top, total);
         }

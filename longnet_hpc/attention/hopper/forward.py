@@ -19,7 +19,7 @@ _MAX_PARTS = 8
 BLOCK_M, BLOCK_N = 64, 128
 _SHARED_BYTES = 232448
 """Shared memory of a program on Hopper."""
-_CACHE_BYTES = 12 << 20
+_CACHE_BYTES = 8 << 20
 """Keys and values of the heads that are worked on together, in the causal schedule."""
 
 
@@ -95,7 +95,7 @@ def _held(rows: Rows) -> int:
 
 def _groups_and_stages(head_dim: int, causal: bool) -> tuple[int, int]:
     if head_dim == 64:
-        return (2 if causal else 3), 3
+        return 3, 3
     return 2, 2
 
 
@@ -150,7 +150,7 @@ def run_forward(
     packed += struct.pack("<Q2if44x", taken.data_ptr(), len(jobs), tiles, scale * math.log2(math.e))
     settings = {
         **{"HEAD_DIM": head_dim, "GROUPS": groups, "CAUSAL": int(causal), "STAGES": stages, "MAX_JOBS": MAX_JOBS},
-        **{"PARTS": len(parts), "PARTS_ROWS": first},
+        **{"PARTS": len(parts), "PARTS_ROWS": first, "NARROW": int(not parts and (causal or head_dim == 64))},
     }
     shared_bytes = _shared_bytes(head_dim, causal, first)
     function = compiled(

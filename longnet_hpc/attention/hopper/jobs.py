@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -55,12 +56,20 @@ def maps(x: torch.Tensor, rows: Rows, tile_rows: int) -> bytes:
 
     Pieces of all sequences are one dim, so either there is one sequence, or one piece, or pieces fill the sequences.
     """
-    batch, _, heads, head_dim = x.shape
-    its_batch, token, head, _ = x.stride()
+    return _maps(x.dtype, x.data_ptr(), x.shape, x.stride(), rows, tile_rows)
+
+
+@lru_cache(maxsize=1 << 12)
+def _maps(
+    dtype: torch.dtype, address: int, shape: torch.Size, strides: tuple[int, ...], rows: Rows, tile_rows: int
+) -> bytes:
+    """Return the maps of a tensor; the steps of a training repeat, memory and all, so most are known."""
+    batch, _, heads, head_dim = shape
+    its_batch, token, head, _ = (stride * dtype.itemsize for stride in strides)
     piece = rows.length * token if rows.count > 1 else its_batch
     result = b""
     for count in (rows.rows, max(1, rows.rows - 1)):
-        shape = (head_dim, heads, rows.rate, count, batch * rows.count)
-        stride = (1, head, token, rows.rate * token, piece)
-        result += tensor_map(x, rows.start * token, shape, stride, tile_rows)
+        its_shape = (head_dim, heads, rows.rate, count, batch * rows.count)
+        its_strides = (head, token, rows.rate * token, piece)
+        result += tensor_map(dtype, address + rows.start * token, its_shape, its_strides, tile_rows)
     return result

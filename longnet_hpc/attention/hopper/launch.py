@@ -114,17 +114,19 @@ def launch(function: Any, programs: int, threads: int, shared_bytes: int, params
     )
 
 
-def tensor_map(x: torch.Tensor, offset: int, shape: Sequence[int], stride: Sequence[int], rows: int) -> bytes:
+def tensor_map(dtype: torch.dtype, address: int, shape: Sequence[int], strides: Sequence[int], rows: int) -> bytes:
     """Return the 128 bytes that tell the copy engine how tiles of ``rows`` rows and 128 bytes lie in a tensor.
 
     Parameters
     ----------
-    x : torch.Tensor
-        The tensor, of half precision or float32.
-    offset : int
-        Where the first element lies, in elements from the start of ``x``.
-    shape, stride : sequence of int
-        Five dims, innermost first, in elements: columns (dense), heads, offsets, rows, pieces.
+    dtype : torch.dtype
+        Half precision or float32.
+    address : int
+        Of the first element.
+    shape : sequence of int
+        Five dims, innermost first, in elements: columns, heads, offsets, rows, pieces.
+    strides : sequence of int
+        Of all but the first, which is dense, in bytes.
     rows : int
         Rows in a tile.
     """
@@ -135,15 +137,14 @@ def tensor_map(x: torch.Tensor, offset: int, shape: Sequence[int], stride: Seque
         torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         torch.float32: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-    }[x.dtype]
-    size = x.element_size()
+    }[dtype]
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
     made = _checked(
         driver.cuTensorMapEncodeTiled(
-            *(kind, 5, x.data_ptr() + offset * size),
+            *(kind, 5, address),
             [wide(n) for n in shape],
-            [wide(n * size) for n in stride[1:]],
-            [narrow(n) for n in (128 // size, 1, 1, rows, 1)],
+            [wide(n) for n in strides],
+            [narrow(n) for n in (128 // dtype.itemsize, 1, 1, rows, 1)],
             [narrow(1)] * 5,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
