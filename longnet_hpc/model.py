@@ -16,6 +16,7 @@ from longnet_hpc.config import LongNetConfig
 from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.dropout import position_dropout
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
+from longnet_hpc.gelu_norm import gelu_norm
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
 from longnet_hpc.sequence_plan import SequencePlan
@@ -94,7 +95,8 @@ class Block(nn.Module):
         v = self.v_proj(normed).unflatten(-1, heads)
         mixed = plan.attention(q, k, v, causal=True).flatten(2)
         x = x + self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
-        inner = self.inner_ffn_norm(F.gelu(self.fc1(self.ffn_norm(x))))
+        norm = self.inner_ffn_norm
+        inner = gelu_norm(self.fc1(self.ffn_norm(x)), norm.weight, norm.bias, norm.eps)
         return x + self._drop(self.fc2(inner), plan, dropout_seed, 1)
 
     def _drop(self, x: torch.Tensor, plan: SequencePlan, seed: int, place: int) -> torch.Tensor:

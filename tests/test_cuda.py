@@ -6,9 +6,11 @@ import torch
 from cases import HOPPER_CASES, Case, cases
 from hypothesis import given, settings
 from parallel_case import assert_all_close, cut, own_slice
+from torch.nn import functional as F
 
 from longnet_hpc import dilated_attention
 from longnet_hpc.comm import all_reduce_sum, transport
+from longnet_hpc.gelu_norm import gelu_norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -168,3 +170,25 @@ def test_row_strides_beyond_32_bits_are_reached():
     x = torch.randn(3, 1, 2, 1, 4, device="cuda")
     far = torch.as_strided(torch.randn(2**31 + 64, device="cuda"), (1, 2, 1, 4), (0, 2**31, 0, 1))
     check_close([far, x[1], x[2]], ([2], [1]))
+
+
+@pytest.mark.parametrize("rows", [1, 100, 70001])
+@pytest.mark.parametrize("features", [1, 100, 1024, 3072, 4096, 6144, 10240, 16384])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_norm_of_gelu_equals_float64(dtype, features, rows, is_compiled):
+    if rows * features > 300_000_000 or (is_compiled and rows > 1):
+        pytest.skip("seen with fewer")
+    torch.compiler.reset()
+    h, dout = torch.randn(2, rows, features, device="cuda").to(dtype)
+    weight, bias = torch.randn(2, features, device="cuda")
+    leaves = [x.requires_grad_() for x in (h, weight, bias)]
+    out = (torch.compile(gelu_norm, fullgraph=True) if is_compiled else gelu_norm)(*leaves, 1e-5)
+    grads = torch.autograd.grad(out, leaves, dout)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    expected = F.layer_norm(F.gelu(wide[0]), (features,), wide[1], wide[2], 1e-5)
+    expected_grads = torch.autograd.grad(expected, wide, dout.double())
+    for actual, right in zip((out, *grads), (expected, *expected_grads), strict=True):
+        bound = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[actual.dtype]
+        bound *= max(1.0, float(right.abs().max()))
+        torch.testing.assert_close(actual.double(), right, atol=bound, rtol=0)
