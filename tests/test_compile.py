@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._logging import warning_once
 from torch.utils.checkpoint import checkpoint
 
 from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan, dilated_attention, mixture
@@ -109,6 +110,15 @@ def test_checkpointing_computes_attention_again_only_where_it_is_not_kept(recomp
 def test_blocks_with_dropout_are_not_compiled():
     with pytest.raises(ConfigError, match=r"dropout cannot be compiled, got 0\.1"):
         micro_model(dropout=0.1).compile_blocks()
+
+
+def test_compiling_checkpointed_blocks_warns_of_nothing(caplog):
+    torch.compiler.reset()
+    warning_once.cache_clear()
+    model = micro_model("all but attention")
+    model.compile_blocks("aot_eager")
+    loss_and_gradients(model)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_checkpointed_attention_has_the_same_gradients():
