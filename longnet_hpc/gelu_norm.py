@@ -23,7 +23,6 @@ _FORWARD_WARPS = 192
 """Warps of all programs for each multiprocessor: more than are there at once, so that none is idle at the end."""
 _BACKWARD_WARPS = 16
 """As many as are there at once, since each program leaves sums."""
-
 _AHEAD_BYTES = 1 << 15
 """Rows that are loaded ahead, one or two of each tensor, take at most so much shared memory."""
 

@@ -92,7 +92,8 @@ class Block(nn.Module):
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight))
         bias = torch.cat((self.q_proj.bias, self.k_proj.bias))
         both = F.linear(normed, weight, bias).unflatten(-1, heads)
-        q, k = rotation.apply(both[:, :, : self.config.heads], both[:, :, self.config.heads :])
+        # Split, since the gradients of slices would be padded with zeros and added.
+        q, k = rotation.apply(*both.split((self.config.heads, both.shape[2] - self.config.heads), dim=2))
         v = self.v_proj(normed).unflatten(-1, heads)
         mixed = plan.attention(q, k, v, causal=True).flatten(2)
         x = x + self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
