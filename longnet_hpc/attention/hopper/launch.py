@@ -95,13 +95,14 @@ def compiled(source: str, name: str, shared_bytes: int, device_index: int) -> An
     return function
 
 
+@cache
 def most_programs(device: torch.device) -> int:
     """Return how many programs run at once where each fills a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(function: Any, programs: int, threads: int, shared_bytes: int, params: bytes) -> None:
-    """Launch a kernel whose one parameter is a struct, on torch's current stream."""
+    """Launch a kernel whose one parameter is a struct, on torch's current stream of the current device."""
     from cuda.bindings import driver
 
     buffer = ctypes.create_string_buffer(params, len(params))
