@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longnet_hpc.attention import choose_backend
 from longnet_hpc.attention.backend import Output
 from longnet_hpc.attention.branch import attend, attend_backward, attend_pieces, attend_pieces_backward
 from longnet_hpc.attention.sums import gradient_sum, softmax_sum, wide_dtype
@@ -61,7 +62,7 @@ def _forward(
     its_plan = plan_of(plan)
     # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
     with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
-        backend = its_plan.backend_of(q)
+        backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
         exchanges = its_plan.exchanges(heads, kv_heads, causal=causal)
@@ -100,7 +101,7 @@ def _backward(
     """Return the gradients of queries, keys and values (adjoint of `_forward`, with merged statistics)."""
     its_plan = plan_of(plan)
     with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
-        backend = its_plan.backend_of(q)
+        backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
         output = Output(_laid_out(dout), out, lse)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longnet_hpc.attention import Backend, choose_backend
 from longnet_hpc.comm import agree_on, allgather_objects, groups_of, rank_and_size
 from longnet_hpc.comm.transport import decide_transport, is_decided
 from longnet_hpc.errors import LongNetError, ShapeError
@@ -64,7 +63,6 @@ class SequencePlan:
         self.seconds_waited = 0.0
         self.handle = handle_of(self)
         self._comm = comm
-        self._backends: dict[tuple[torch.device, torch.dtype, int], Backend] = {}
         self._exchanges: dict[tuple[int, int, bool], tuple[tuple[Branch, SpanExchange], ...]] = {}
         self.rank_groups: tuple[tuple[int, ...], ...] = ()
         if comm is not None and comm.size > 1:
@@ -217,13 +215,6 @@ class SequencePlan:
         if q.shape[1] != self.local_len:
             raise ShapeError(f"rank {self.rank} owns {self.local_len} tokens of this plan, got {q.shape[1]}")
         return mixture(q, k, v, self, causal=causal, scale=scale_of(softmax_scale, q.shape[3]))
-
-    def backend_of(self, q: torch.Tensor) -> Backend:
-        """Return who computes attention for such queries; it is chosen once, since asking what a GPU can takes time."""
-        key = q.device, q.dtype, q.shape[-1]
-        if key not in self._backends:
-            self._backends[key] = choose_backend(self.backend, *key)
-        return self._backends[key]
 
     def exchanges(self, heads: int, kv_heads: int, *, causal: bool) -> tuple[tuple[Branch, SpanExchange], ...]:
         """Return this rank's exchanges, in the order in which all ranks start them."""

@@ -5,6 +5,7 @@ Its plans are made once a shape, which costs about a tenth of a second, so piece
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and head_dim <= 128
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-        and torch.backends.cudnn.is_available()
+        and _can_run(device)
     )
+
+
+@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile does not look inside
+def _can_run(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()
 
 
 def _takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
