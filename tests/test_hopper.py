@@ -40,7 +40,6 @@ TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
 def emulated():
     with pytest.MonkeyPatch.context() as patch:
         hopper_emulator.install(patch)
-        patch.setattr(pieces, "_SLOWER_BACKWARD", set())
         everything = AllPieces(takes=pieces.takes, forward=pieces.forward, backward=pieces.backward)
         backend = Backend("hopper", lambda *_: True, LIBRARY.forward, LIBRARY.backward, everything)
         patch.setitem(attention.BACKENDS, "hopper", backend)

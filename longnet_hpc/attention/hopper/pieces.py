@@ -26,9 +26,6 @@ __all__ = ["backward", "forward", "takes"]
 
 _Job = TypeVar("_Job", ForwardJob, BackwardJob)
 
-
-_SLOWER_BACKWARD = {(128, True)}
-"""head_dim and causal of which cuDNN's gradients were faster where both were measured (docs/LOG.md, 2026-11-25)."""
 _MOST_ROWS = 2**31
 """Rows of all heads and sequences, which kernels count in 32 bits."""
 _LARGEST_RATE = 2**20
@@ -41,8 +38,8 @@ def takes(q: torch.Tensor, pieces: Sequence[Piece], *, causal: bool, backward: b
     The pieces of all sequences have to be one dim of a strided view. Gradients of queries are added up in no fixed
     order, so where torch's deterministic algorithms are asked for, others compute them.
     """
-    batch, seq, heads, head_dim = q.shape
-    if backward and (torch.are_deterministic_algorithms_enabled() or (head_dim, causal) in _SLOWER_BACKWARD):
+    batch, seq, heads, _ = q.shape
+    if backward and torch.are_deterministic_algorithms_enabled():
         return False
     if not 0 < batch * seq * heads < _MOST_ROWS or any(branch.dilation_rate > _LARGEST_RATE for _, branch, _ in pieces):
         return False
