@@ -166,10 +166,9 @@ def others(case, tensors, options, device, result):
 def memory(case, function, leaves, dout):
     """Return the most bytes beside what was there before, forward and backward; None on a CPU, which does not tell.
 
-    ``output_sized_buffers`` is what is left of the peak of both passes without the three gradients that are returned
-    and one set of compact partial results (`compact_bytes`), in units of the output. It counts the output itself, which
-    autograd keeps, and whatever the backward pass holds beyond one set, as a second set of partials. In the forward
-    pass alone no gradients are returned, and the output counts again.
+    ``output_sized_buffers`` is what is left of the peak of both passes without what is returned, output and three
+    gradients, and without one set of compact partial results (`compact_bytes`), in units of the output. It counts
+    whatever the backward pass holds beyond one set, as a second set of partials.
     """
     names = ("peak_extra_bytes", "forward_peak_extra_bytes", "backward_peak_extra_bytes")
     buffers = ("output_sized_buffers", "forward_output_sized_buffers")
@@ -188,8 +187,8 @@ def memory(case, function, leaves, dout):
         torch.autograd.grad(out, leaves, dout)
         backward = torch.cuda.max_memory_allocated() - between
         peak = max(forward, backward + between - before)
-        result["output_sized_buffers"] = (peak - 3 * size - case.compact_bytes) / size
-    result["forward_output_sized_buffers"] = (forward - case.compact_bytes) / size
+        result["output_sized_buffers"] = (peak - 4 * size - case.compact_bytes) / size
+    result["forward_output_sized_buffers"] = (forward - size - case.compact_bytes) / size
     return {**result, **dict(zip(names, (peak, forward, backward), strict=True))}
 
 

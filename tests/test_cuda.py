@@ -173,7 +173,7 @@ def test_row_strides_beyond_32_bits_are_reached():
 
 
 @pytest.mark.parametrize("rows", [1, 100, 70001])
-@pytest.mark.parametrize("features", [1, 100, 1024, 3072, 4096, 6144, 10240, 16384])
+@pytest.mark.parametrize("features", [3, 100, 1024, 3072, 4096, 6144, 10240, 16384])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_norm_of_gelu_equals_float64(dtype, features, rows, is_compiled):
@@ -190,5 +190,5 @@ def test_norm_of_gelu_equals_float64(dtype, features, rows, is_compiled):
     expected_grads = torch.autograd.grad(expected, wide, dout.double())
     for actual, right in zip((out, *grads), (expected, *expected_grads), strict=True):
         bound = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[actual.dtype]
-        bound *= max(1.0, float(right.abs().max()))
+        bound *= max(1.0, float(right.detach().abs().max()))
         torch.testing.assert_close(actual.double(), right, atol=bound, rtol=0)

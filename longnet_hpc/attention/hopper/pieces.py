@@ -112,8 +112,8 @@ def backward(
         run_backward(dout, q, k, v, dq_sum, some, causal=causal, scale=scale)
         progress()
     if dense:
-        others = [job for piece, job in zip(pieces, jobs, strict=True) if piece not in dense]
-        add_rows(dense_dk, dense_dv, others)
+        add_rows(dense_dk, dense_dv, [job for piece, job in zip(pieces, jobs, strict=True) if piece not in dense])
+        del jobs, some  # their memory serves the next line
         return dq_sum.to(q.dtype), dense_dk, dense_dv
     everything = slice(0, batch)
     dq.add(everything, Grid(0, seq, 1, seq, 1, 0, 0, 0, 1, heads), dq_sum.transpose(1, 2))
