@@ -94,7 +94,7 @@ def _beside(result):
         )
         lines.append(
             f"  memory: forward {forward}, backward {backward} more, compact parts {compact}; "
-            f"{result['output_sized_buffers']:.2f} buffers of the size of the output"
+            f"{result['output_sized_buffers']:.2f} buffers of the size of the output beside these and the results"
         )
     return lines
 
