@@ -40,6 +40,9 @@ def arguments(words=None):
     parser.add_argument("--yardstick-len", type=int, default=32768, help="tokens of the yardstick (default: 32768)")
     parser.add_argument("--shapes", nargs="+", help="heads x head_dim, as 12x64 (default: those of the sweep)")
     parser.add_argument("--backends", nargs="+", default=["auto"], help="attention backends (default: auto)")
+    parser.add_argument(
+        "--passes", nargs="+", choices=["forward", "both"], help="what is timed; both: forward with backward"
+    )
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16"])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--repeats", type=int, help="timed rounds, of which the median counts (default: 7; small: 51)")
@@ -120,7 +123,7 @@ def main(words=None):
             print(failure_line(case, result["failure"]), flush=True)
             continue
         if case.sweep == "linear":
-            result["seconds_per_token"] = result["both_seconds"] / case.tokens
+            result["seconds_per_token"] = result[f"{case.passes[-1]}_seconds"] / case.tokens
         print("\n".join(lines_of(case, result)), flush=True)
         wrong = wrong or not result["passed"]
         if result["passed"]:

@@ -20,6 +20,8 @@ SWEEPS = {
     "linear": ["2x64"],
 }
 """The shapes (heads x head_dim) of each sweep."""
+PASSES = {"small": ("forward",), "linear": ("both",)}
+"""What is timed in a sweep, where it is not both."""
 YARDSTICK_SEQUENCES = 2
 
 
@@ -38,6 +40,8 @@ class Case:
     seq_len: int
     yardstick: tuple[int, int]
     """Sequences, and tokens of each, that dense attention is timed on."""
+    passes: tuple[str, ...]
+    """What is timed: ``forward``, and ``both`` it and the backward pass."""
 
     @property
     def heads(self):
@@ -50,11 +54,6 @@ class Case:
     @property
     def tokens(self):
         return self.batch * self.seq_len
-
-    @property
-    def passes(self):
-        """What is timed: ``forward``, and ``both`` it and the backward pass."""
-        return {"small": ("forward",), "linear": ("both",)}.get(self.sweep, ("forward", "both"))
 
     @property
     def flop(self):
@@ -85,6 +84,7 @@ class Case:
             **{key: getattr(self, key) for key in ("heads", "head_dim", "pattern_name")},
             "segment_lengths": list(self.pattern.segment_lengths),
             "dilation_rates": list(self.pattern.dilation_rates),
+            "passes": list(self.passes),
             "yardstick_sequences": self.yardstick[0],
             "yardstick_len": self.yardstick[1],
         }
@@ -108,7 +108,10 @@ def cases_of(options):
                     yardstick = (1, seq_len)
                 for causal in (False, True):
                     cases += [
-                        Case(options.sweep, shape, causal, dtype, backend, name, pattern, batch, seq_len, yardstick)
+                        Case(
+                            *(options.sweep, shape, causal, dtype, backend, name, pattern, batch, seq_len, yardstick),
+                            passes=tuple(options.passes or PASSES.get(options.sweep, ("forward", "both"))),
+                        )
                         for backend in options.backends
                     ]
     return cases
