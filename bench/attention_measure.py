@@ -196,7 +196,7 @@ def kernels(run, device):
     """Return what a run spends its time on: name, seconds, share, and seconds of each launch in their order."""
     on_gpu = device.type == "cuda"
     run()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu, acc_events=True) as profiler:
         run()
         if on_gpu:
             torch.cuda.synchronize()

@@ -177,14 +177,14 @@ def _draw_linear(axes, records):
         highest = max(highest, *times)
     axes.set_ylim(0, 1.12 * highest)
     axes.set_ylabel("time a token (ns)")
-    _over_tokens(axes, "One long sequence, with backward where not said otherwise (bands: 10%)")
+    _over_tokens(axes, "One long sequence, with backward where not said otherwise (bands: 10%)", "upper right")
 
 
-def _over_tokens(axes, title):
+def _over_tokens(axes, title, place="lower right"):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: _tokens(int(value)))
     axes.set_xlabel("tokens a sequence")
-    axes.legend(frameon=False, fontsize=9, loc="lower right", handlelength=3.5)
+    axes.legend(frameon=False, fontsize=9, loc=place, handlelength=3.5)
     _plain(axes, title)
 
 

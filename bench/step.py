@@ -120,7 +120,7 @@ class Steps:
     def profiled(self, path):
         """Do a step and leave its trace in a file."""
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        with profile(activities=kinds) as profiler:
+        with profile(activities=kinds, acc_events=True) as profiler:
             self.step()
         profiler.export_chrome_trace(str(path))
 
@@ -192,7 +192,8 @@ def answer(case):
     try:
         return measure(case)
     except torch.cuda.OutOfMemoryError as error:
-        failure = f"{OUT_OF_MEMORY}: {str(error).splitlines()[0]}"
+        wanted = str(error).split(" GPU ")[0].removeprefix("CUDA out of memory. ")  # what follows is not ours to say
+        failure = f"{OUT_OF_MEMORY}: {wanted}"
         return {"failure": failure, "checkpointing": way_to_checkpoint(case)}
 
 

@@ -103,6 +103,31 @@ def test_forward_is_captured_in_a_graph():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("backend", ["hopper", "library"])
+def test_a_training_step_is_captured_in_a_graph(backend):
+    needs_hopper()
+    q, k, v, dout = torch.randn(4, 2, 1024, 4, 64, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def gradients():
+        out = dilated_attention(*leaves, [256, 1024], [1, 4], causal=True, backend=backend)
+        return torch.autograd.grad(out, leaves, dout)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # the first time everything is compiled and cached
+        gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    with torch.no_grad():
+        for leaf, new in zip(leaves, (k, v, q), strict=True):
+            leaf.copy_(new)
+    graph.replay()
+    for actual, expected in zip(captured, gradients(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+
+
 def needs_hopper():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
@@ -189,6 +214,6 @@ def test_norm_of_gelu_equals_float64(dtype, features, rows, is_compiled):
     expected = F.layer_norm(F.gelu(wide[0]), (features,), wide[1], wide[2], 1e-5)
     expected_grads = torch.autograd.grad(expected, wide, dout.double())
     for actual, right in zip((out, *grads), (expected, *expected_grads), strict=True):
-        bound = {torch.float32: 5e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[actual.dtype]
+        bound = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[actual.dtype]
         bound *= max(1.0, float(right.detach().abs().max()))
         torch.testing.assert_close(actual.double(), right, atol=bound, rtol=0)
