@@ -73,11 +73,11 @@ def test_flop_of_a_step_are_six_a_weight_and_token_and_attention_counts_its_back
 
 def test_case_that_runs_out_of_memory_or_time_is_reported_and_takes_no_other_along(bench, monkeypatch):
     def fail(case):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB\nmore")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB. GPU 0 has\nmore")
 
     monkeypatch.setattr(bench, "measure", fail)
     result = bench.answer(case(bench))
-    failure = "out of memory: CUDA out of memory. Tried to allocate 99 GiB"
+    failure = "out of memory: Tried to allocate 99 GiB."
     assert result == {"failure": failure, "checkpointing": "attention"}
     assert bench.with_less_kept(case(bench), result)["checkpointing"] == "all"
     assert bench.with_less_kept(case(bench, checkpointing="attention"), result) is None  # not ours to change
