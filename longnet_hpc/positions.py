@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -22,6 +24,12 @@ XPOS_GAMMA = 0.4
 """Offset of the xPos decay; the fastest decay is ``gamma / (1 + gamma)``."""
 XPOS_HEADROOM = 2.0**10
 """Largest feature, before scaling, that must not overflow or vanish."""
+
+_BLOCK = 256
+"""Positions whose factors are multiples of one table: few enough for a short slice, enough that cosines are rare."""
+_PIECE_NUMBERS = 2**20
+"""Products made at once, in complex128 (16 MiB)."""
+_TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021")
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Encoding(Protocol):
 def rotary(
     start: int, local_len: int, seq_len: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> Rotation:
-    """Rotate pair i by ``position * base ** (-2 i / head_dim)`` (RoFormer, Eq. 15), angles in float64.
+    """Rotate pair i by ``position * base ** (-2 i / head_dim)`` (RoFormer, Eq. 15), exact to float64 at any position.
 
     Parameters
     ----------
@@ -90,8 +98,8 @@ def rotary(
     dtype, device
         Those of the queries and keys.
     """
-    angles = _angles(start, local_len, head_dim, base, device)
-    factor = _factor(torch.ones_like(angles), angles, dtype)
+    growth = torch.zeros(head_dim // 2, dtype=torch.float64, device=device)
+    factor = _factor(start, local_len, head_dim, base, dtype, growth)
     return Rotation(factor, factor)
 
 
@@ -120,10 +128,11 @@ def xpos(
         )
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
     decay = ((pair / head_dim + XPOS_GAMMA) / (1 + XPOS_GAMMA)).log()
-    exponent = _positions(start - seq_len // 2, local_len, device) / XPOS_SCALE_BASE
-    scale = torch.exp(exponent * decay)
-    angles = _angles(start, local_len, head_dim, base, device)
-    return Rotation(_factor(scale, angles, dtype), _factor(scale.reciprocal(), angles, dtype))
+    query, key = (
+        _factor(start, local_len, head_dim, base, dtype, growth / XPOS_SCALE_BASE, origin=seq_len // 2)
+        for growth in (decay, -decay)
+    )
+    return Rotation(query, key)
 
 
 def longest_xpos(dtype: torch.dtype) -> int:
@@ -137,18 +146,49 @@ POSITIONS: dict[str, Encoding] = {"rotary": rotary, "xpos": xpos}
 """Every position encoding by the name that `LongNetConfig.positions` gives it."""
 
 
-def _angles(start: int, local_len: int, head_dim: int, base: float, device: torch.device) -> torch.Tensor:
-    """Return the angles ``(local_len, 1, head_dim / 2)`` in float64: float32 cannot tell neighbours near 1e9 apart."""
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
-    return _positions(start, local_len, device) * base ** (-pair / head_dim)
+def _factor(
+    start: int, local_len: int, head_dim: int, base: float, dtype: torch.dtype, growth: torch.Tensor, origin: int = 0
+) -> torch.Tensor:
+    """Return factors of angle ``position * base ** (-2 i / head_dim)``, for features of a dtype.
 
+    Their magnitude is ``exp(growth[i] * (position - origin))``. A position is a multiple of `_BLOCK` and an offset, and
+    its factor is the product of theirs, many times cheaper than a cosine in float64. Blocks are counted from position
+    0: the factors of a position are the same in every slice.
+    """
+    device = growth.device
+    anchors = torch.arange(start // _BLOCK * _BLOCK, start + local_len, _BLOCK, device=device)
+    offsets = torch.arange(_BLOCK, device=device)
+    of_anchors = torch.polar(((anchors - origin)[:, None] * growth).exp(), _angles(anchors, head_dim, base))
+    of_offsets = torch.polar((offsets[:, None] * growth).exp(), _angles(offsets, head_dim, base))
 
-def _positions(start: int, local_len: int, device: torch.device) -> torch.Tensor:
-    """Return integers from ``start``, ``(local_len, 1, 1)``, in float64, which holds them exactly up to 2**53."""
-    return torch.arange(start, start + local_len, device=device).double()[:, None, None]
-
-
-def _factor(magnitude: torch.Tensor, angles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return complex factors as real and imaginary parts, for features of a dtype, from float64."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.stack(((magnitude * angles.cos()).to(wide), (magnitude * angles.sin()).to(wide)), dim=-1)
+    result = torch.empty(local_len, 1, head_dim // 2, 2, dtype=wide, device=device)
+    row = -(start % _BLOCK)  # the first block may begin before the slice, and the last end after it
+    for piece in of_anchors.split(max(1, _PIECE_NUMBERS // of_offsets.numel())):
+        products = torch.view_as_real(piece[:, None] * of_offsets).flatten(0, 1)
+        end = min(row + len(products), local_len)
+        result[max(row, 0) : end, 0] = products[max(-row, 0) : end - row]
+        row += len(products)
+    return result
+
+
+def _angles(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
+    """Return ``positions * base ** (-2 i / head_dim)`` modulo 2 pi, ``(len(positions), head_dim / 2)`` in float64.
+
+    A product in float64 would be wrong by its rounding, 1e-7 near position 1e9. In units of 2**-64 turns, int64
+    arithmetic that wraps is exact modulo one turn; what is left of the units after their whole part is small.
+    """
+    whole, rest = (
+        torch.tensor(values, dtype=dtype).to(positions.device, non_blocking=True)  # not to wait for a busy GPU
+        for values, dtype in zip(_frequencies(head_dim, base), (torch.int64, torch.float64), strict=True)
+    )
+    units = (positions[:, None] * whole).double() + positions[:, None] * rest
+    return units * (2 * math.pi / 2**64)
+
+
+@lru_cache
+def _frequencies(head_dim: int, base: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return whole parts and rests of ``base ** (-2 i / head_dim)`` in units of 2**-64 turns."""
+    with localcontext(prec=50):
+        units = [Decimal(base) ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64 for i in range(head_dim // 2)]
+        return tuple(int(unit) for unit in units), tuple(float(unit % 1) for unit in units)

@@ -1,36 +1,86 @@
 import math
-from decimal import Decimal, localcontext
 
+import mpmath
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longnet_hpc.errors import ConfigError
-from longnet_hpc.positions import POSITIONS, longest_xpos, rotary, xpos
+from longnet_hpc.positions import POSITIONS, Rotation, longest_xpos, rotary, xpos
 
 CPU = torch.device("cpu")
-PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
-def exact_angle(position, pair, head_dim, base):
-    """Return the rotary angle modulo 2 pi, reduced in 50 decimal digits."""
-    with localcontext() as context:
-        context.prec = 50
-        return float((position * Decimal(base) ** (Decimal(-2 * pair) / head_dim)) % (2 * PI))
+def exact_turn(position, pair, head_dim, base):
+    """Return the rotary factor, computed in 50 decimal digits."""
+    with mpmath.workdps(50):
+        return complex(mpmath.expj(position * mpmath.mpf(base) ** (mpmath.mpf(-2 * pair) / head_dim)))
 
 
-def factors(name, start, local_len, seq_len, dtype, head_dim=16):
-    return POSITIONS[name](start, local_len, seq_len, head_dim, 10000.0, dtype, CPU)
+def factors(name, start, local_len, seq_len, dtype, head_dim=16, base=10000.0):
+    return POSITIONS[name](start, local_len, seq_len, head_dim, base, dtype, CPU)
 
 
+def turns(factor):
+    return torch.view_as_complex(factor[:, 0])
+
+
+@pytest.mark.parametrize("start", [0, 10**9 - 2, 1_299_999_900, 2**50])
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rotary_angles_are_exact_near_a_billion(dtype):
-    start = 10**9 - 2
-    factor = torch.view_as_complex(factors("rotary", start, 5, 2 * 10**9, dtype).query[:, 0])
-    for row in range(5):
+def test_rotary_is_exact_at_any_position(start, base, dtype):
+    factor = turns(factors("rotary", start, 400, 2**51, dtype, base=base).query)
+    tolerance = 2e-15 if dtype == torch.float64 else 1e-7
+    for row in (0, 1, 2, 99, 255, 256, 399):
         for pair in range(8):
-            angle = exact_angle(start + row, pair, 16, 10000)
-            assert factor[row, pair].item() == pytest.approx(complex(math.cos(angle), math.sin(angle)), abs=5e-7)
+            assert factor[row, pair].item() == pytest.approx(exact_turn(start + row, pair, 16, base), abs=tolerance)
     assert (factor[1:] - factor[:-1]).abs()[:, 0].min() > 0.9  # the chord of one radian
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(list(POSITIONS)),
+    start=st.integers(0, 3 * 10**5),
+    local_len=st.sampled_from((0, 1)) | st.integers(2, 2000),
+    head_dim=st.integers(1, 20).map(lambda pairs: 2 * pairs),
+    base=st.floats(1.5, 1e6),
+)
+def test_factors_equal_the_direct_formula_in_float64(name, start, local_len, head_dim, base):
+    seq_len = start + local_len + 7
+    rotation = factors(name, start, local_len, seq_len, torch.float64, head_dim, base)
+    position = torch.arange(start, start + local_len, dtype=torch.float64)[:, None]
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64)
+    angle = position * base ** (-pair / head_dim)
+    zeta = (pair + 0.4 * head_dim) / (1.4 * head_dim)
+    scale = torch.ones_like(angle) if name == "rotary" else zeta ** ((position - seq_len // 2) / 512)
+    of_direct = (2 + math.log(base)) * 2**-53 * angle  # how far the direct formula may be off, by its roundings
+    for factor, magnitude in ((rotation.query, scale), (rotation.key, 1 / scale)):
+        assert factor.shape == (local_len, 1, head_dim // 2, 2)
+        assert ((turns(factor).abs() / magnitude - 1).abs() < 1e-12).all()
+        error = (turns(factor) - torch.polar(magnitude, angle)).abs() / magnitude
+        assert (error < of_direct + (2e-15 if name == "rotary" else 1e-12)).all()
+
+
+def test_positions_are_right_at_the_end_of_a_billion_tokens():
+    q, k = torch.nn.functional.normalize(torch.randn(2, 1, 300, 1, 64, dtype=torch.float64), dim=-1)
+    starts = (17, 10**9 + 17)
+
+    def scores(rotation, dtype):
+        turned_q, turned_k = (x[0, :, 0].double() for x in rotation.apply(q.to(dtype), k.to(dtype)))
+        return turned_q @ turned_k.T
+
+    def with_angles_in_float32(start):
+        frequency = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
+        angle = torch.arange(start, start + 300).float()[:, None, None] * frequency
+        factor = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        return Rotation(factor, factor)
+
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        near, far = (scores(factors("rotary", start, 300, 2 * 10**9, dtype, 64), dtype) for start in starts)
+        torch.testing.assert_close(near, far, rtol=0, atol=tolerance)
+    near, far = (scores(with_angles_in_float32(start), torch.float32) for start in starts)
+    assert (near - far).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", list(POSITIONS))
@@ -73,6 +123,13 @@ def test_slices_are_parts_of_the_whole(name):
         part = factors(name, start, length, 50, torch.float32)
         torch.testing.assert_close(part.query, whole.query[start : start + length], rtol=0, atol=1e-7)
         torch.testing.assert_close(part.key, whole.key[start : start + length], rtol=0, atol=1e-7)
+
+
+def test_long_slices_are_parts_of_the_whole():
+    whole = factors("rotary", 10**9 + 1, 300_000, 2 * 10**9, torch.float64).query
+    for start, length in ((0, 1), (100, 200_000), (131_000, 300), (299_999, 1)):
+        part = factors("rotary", 10**9 + 1 + start, length, 2 * 10**9, torch.float64).query
+        torch.testing.assert_close(part, whole[start : start + length], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
