@@ -16,7 +16,7 @@ from itertools import groupby
 from longnet_hpc.partition import Run
 from longnet_hpc.pattern import Branch
 
-__all__ = ["Grid", "head_grids", "limited", "piece_grids", "row_grids"]
+__all__ = ["Grid", "earlier_grids", "head_grids", "kept_grids", "limited", "piece_grids", "row_grids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,10 @@ class _Pair:
         return other.first_row - self.first_row, other.head - self.head, other.kv_head - self.kv_head
 
 
+_Bundle = tuple[list[_Pair], tuple[int, int, int]]
+"""Pairs with equal steps, and the steps: of rows, of heads, of key/value heads."""
+
+
 @lru_cache(maxsize=4096)
 def piece_grids(branch: Branch, run: Run, heads: int, kv_heads: int) -> tuple[tuple[Grid, Grid], ...]:
     """Return the query grids of equal pieces of one branch, each with the grid of its keys, in as few as possible.
@@ -102,18 +106,10 @@ def piece_grids(branch: Branch, run: Run, heads: int, kv_heads: int) -> tuple[tu
     tuple of pair of Grid
         Every query head that has rows there is in exactly one pair; row i of both grids is the same token.
     """
-    pairs = []
-    for offset in branch.offsets(heads):
-        first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
-        if rows:
-            heads_there = zip(branch.heads_at(offset, heads), branch.kv_heads_at(offset, heads, kv_heads), strict=True)
-            pairs += [_Pair(first_row, rows, head, kv_head) for head, kv_head in heads_there]
-    by_offset = [list(same) for _, same in groupby(pairs, key=lambda pair: pair.head % branch.dilation_rate)]
-    bundles = [bundle for same in by_offset for bundle in _bundles(same)]
-    neighbours = _bundles(sorted(pairs, key=lambda pair: pair.head))
-    if len(neighbours) < len(bundles):
-        bundles = neighbours
-    return tuple((_grid(branch, run, bundle, step), _kv_grid(branch, run, bundle, step)) for bundle, step in bundles)
+    return tuple(
+        (_grid(branch, run, bundle, step), _kv_grid(branch, run, bundle, step))
+        for bundle, step in _fewest_bundles(branch, _pairs(branch, run, heads, kv_heads))
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -150,6 +146,50 @@ def row_grids(
 
 
 @lru_cache(maxsize=4096)
+def earlier_grids(branch: Branch, run: Run, tokens: int, heads: int) -> tuple[tuple[Grid, Grid], ...]:
+    """Return the query grids of one piece, each with the grid of the rows of its segment that came before.
+
+    These rows are kept as an array ``(rows, heads)``, from the start of the segment on, with a column for each query
+    head; `kept_grids` says how they get there.
+
+    Parameters
+    ----------
+    branch, run : Branch, Run
+        The grid of each head, and the one piece.
+    tokens : int
+        Tokens of the segment whose rows are seen, from its start.
+    heads : int
+        Query heads.
+    """
+    pairs = _pairs(branch, run, heads, heads)
+    return tuple(
+        (_grid(branch, run, bundle, step), _kept_grid(0, rows, bundle, step))
+        for rows, same in _by_rows_before(branch, tokens, pairs)
+        if rows
+        for bundle, step in _fewest_bundles(branch, same)
+    )
+
+
+@lru_cache(maxsize=4096)
+def kept_grids(branch: Branch, run: Run, heads: int, kv_heads: int) -> tuple[tuple[Grid, Grid], ...]:
+    """Return the grids of the keys of one piece, each with its place among the kept rows of the segment.
+
+    Parameters
+    ----------
+    branch, run : Branch, Run
+        The grid of each head, and the one piece.
+    heads, kv_heads : int
+        Query heads and key/value heads.
+    """
+    pairs = _pairs(branch, run, heads, kv_heads)
+    return tuple(
+        (_kv_grid(branch, run, bundle, step), _kept_grid(rows, bundle[0].rows, bundle, step))
+        for rows, same in _by_rows_before(branch, run.phase, pairs)
+        for bundle, step in _fewest_bundles(branch, same)
+    )
+
+
+@lru_cache(maxsize=4096)
 def head_grids(branch: Branch, run: Run, offset: int, heads: tuple[int, ...]) -> tuple[Grid, ...]:
     """Return the grids of some heads, all at one offset of equal pieces, in the order of the heads.
 
@@ -178,9 +218,38 @@ def limited(pairs: Iterable[tuple[Grid, Grid]], count: int) -> Iterator[tuple[Gr
             yield grid.pieces(first, pieces), kv_grid.pieces(first, pieces)
 
 
-def _bundles(pairs: Iterable[_Pair]) -> list[tuple[list[_Pair], tuple[int, int, int]]]:
+def _pairs(branch: Branch, run: Run, heads: int, kv_heads: int) -> list[_Pair]:
+    """Return the query heads that have rows in a piece, offset by offset."""
+    pairs = []
+    for offset in branch.offsets(heads):
+        first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
+        if rows:
+            heads_there = zip(branch.heads_at(offset, heads), branch.kv_heads_at(offset, heads, kv_heads), strict=True)
+            pairs += [_Pair(first_row, rows, head, kv_head) for head, kv_head in heads_there]
+    return pairs
+
+
+def _by_rows_before(branch: Branch, tokens: int, pairs: Iterable[_Pair]) -> list[tuple[int, list[_Pair]]]:
+    """Sort pairs by how many rows of their grid lie in the first ``tokens`` tokens of the segment."""
+    before = Run(0, tokens, 1, 0)
+
+    def rows_of(pair: _Pair) -> int:
+        return before.rows(branch, pair.head % branch.dilation_rate)
+
+    return [(rows, list(same)) for rows, same in groupby(sorted(pairs, key=rows_of), key=rows_of)]
+
+
+def _fewest_bundles(branch: Branch, pairs: list[_Pair]) -> list[_Bundle]:
+    """Bundle pairs, which come offset by offset, either so or by neighbouring heads."""
+    by_offset = [list(same) for _, same in groupby(pairs, key=lambda pair: pair.head % branch.dilation_rate)]
+    bundles = [bundle for same in by_offset for bundle in _bundles(same)]
+    neighbours = _bundles(sorted(pairs, key=lambda pair: pair.head))
+    return neighbours if len(neighbours) < len(bundles) else bundles
+
+
+def _bundles(pairs: Iterable[_Pair]) -> list[_Bundle]:
     """Cut a list of pairs into runs of equal steps, greedily."""
-    bundles: list[tuple[list[_Pair], tuple[int, int, int]]] = []
+    bundles: list[_Bundle] = []
     for pair in pairs:
         if bundles:
             members, step = bundles[-1]
@@ -210,3 +279,7 @@ def _grid(branch: Branch, run: Run, bundle: list[_Pair], step: tuple[int, int, i
 
 def _kv_grid(branch: Branch, run: Run, bundle: list[_Pair], step: tuple[int, int, int]) -> Grid:
     return replace(_grid(branch, run, bundle, step), first_head=bundle[0].kv_head, head_step=step[2])
+
+
+def _kept_grid(first: int, rows: int, bundle: list[_Pair], step: tuple[int, int, int]) -> Grid:
+    return Grid(first, rows, 1, rows, 1, 0, 0, bundle[0].head, step[1], len(bundle))

@@ -14,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longnet_hpc.attention import choose_backend
-from longnet_hpc.attention.backend import Output
+from longnet_hpc.attention.backend import Joined, Output
 from longnet_hpc.attention.branch import attend, attend_backward, attend_pieces, attend_pieces_backward
-from longnet_hpc.attention.sums import gradient_sum, softmax_sum, wide_dtype
+from longnet_hpc.attention.sums import HeldGradients, gradient_sum, wide_dtype
 from longnet_hpc.exchange import Rows
 from longnet_hpc.grids import row_grids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from longnet_hpc.carry import Carry, Crossing
     from longnet_hpc.comm.buffers import Pending
+    from longnet_hpc.exchange import SpanExchange
+    from longnet_hpc.pattern import Branch
     from longnet_hpc.sequence_plan import SequencePlan
 
-__all__ = ["handle_of", "mixture"]
+__all__ = ["fake_backward", "handle_of", "mix", "mix_backward", "mixture", "refuse", "register"]
 
 
 def mixture(
@@ -55,35 +58,110 @@ def mixture(
     return out, lse.detach()
 
 
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int, causal: bool, scale: float
+def mix(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: SequencePlan,
+    causal: bool,
+    scale: float,
+    carry: Carry | None = None,
+    crossing: Crossing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Return output, log-sum-exp, and what came from other ranks, exchange by exchange."""
-    its_plan = plan_of(plan)
+    """Return output, log-sum-exp, and what came from other ranks, exchange by exchange; see `mixture`.
+
+    Where the plan is of a chunk, queries also see the rows that ``carry`` has of earlier chunks, as ``crossing`` says.
+    """
     # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
     with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
-        backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
+        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
-        exchanges = its_plan.exchanges(heads, kv_heads, causal=causal)
+        exchanges = plan.exchanges(heads, kv_heads, causal=causal)
         flights = [exchange.start(k, v) for _, exchange in exchanges]
-        its_plan.bytes_received += sum(flight.bytes_received for flight in flights)
+        plan.bytes_received += sum(flight.bytes_received for flight in flights)
         progress = _driving(flights)
 
-        total = softmax_sum(q)
-        result = attend_pieces(
-            *(backend, q, k, v, its_plan.pieces, total),
-            causal=causal, scale=scale, alone=not exchanges, progress=progress,
+        total = attend_pieces(
+            *(backend, q, k, v, plan.pieces),
+            causal=causal, scale=scale, joined=_joined(exchanges, crossing), progress=progress,
         )  # fmt: skip
+        if carry is not None and crossing is not None:
+            carry.attend(backend, q, crossing, total, scale=scale, progress=progress)
         received = []
         for (branch, exchange), flight in zip(exchanges, flights, strict=True):
             received.append(exchange.finish(flight, k))
             for offset, rows in exchange.unpack(received[-1]).items():
                 pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
                 attend(backend, q, *rows, pairs, total, causal=False, scale=scale, first=False, progress=progress)
-        its_plan.count_seconds(flights)
-        out, lse = result or total.result()
-    return out, lse, received
+        plan.count_seconds(flights)
+        return *total.result(), received
+
+
+def mix_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    received: list[torch.Tensor],
+    plan: SequencePlan,
+    causal: bool,
+    scale: float,
+    carry: Carry | None = None,
+    crossing: Crossing | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of queries, keys and values (adjoint of `mix`, with merged statistics)."""
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
+        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
+        q, k, v = (_laid_out(x) for x in (q, k, v))
+        heads, kv_heads = q.shape[2], k.shape[2]
+        output = Output(_laid_out(dout), out, lse)
+        exchanges = plan.exchanges(heads, kv_heads, causal=causal)
+        flights: list[Pending] = []
+        progress = _driving(flights)
+        add_given_back = carry.start_giving_back(crossing) if carry is not None and crossing is not None else None
+        of_received = HeldGradients()
+        for (branch, exchange), its_received in zip(exchanges, received, strict=True):
+            row_grads: Rows = {}
+            for offset, rows in exchange.unpack(its_received).items():
+                pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
+                sums = gradient_sum(rows[0]), gradient_sum(rows[1])
+                attend_backward(
+                    *(backend, q, *rows, pairs, output, of_received, *sums),
+                    causal=False, scale=scale, progress=progress,
+                )  # fmt: skip
+                row_grads[offset] = sums[0].result(), sums[1].result()
+            flights.append(exchange.start_adjoint(row_grads, k))
+        plan.bytes_received += sum(flight.bytes_received for flight in flights)
+
+        dq, dk, dv = attend_pieces_backward(
+            *(backend, q, k, v, plan.pieces, output),
+            causal=causal, scale=scale, joined=_joined(exchanges, crossing), progress=progress,
+        )  # fmt: skip
+        of_received.add_to(dq)
+        if carry is not None and crossing is not None:
+            carry.attend_backward(backend, q, crossing, output, dq, scale=scale, progress=progress)
+        for (_, exchange), flight in zip(exchanges, flights, strict=True):
+            exchange.finish_adjoint(flight, k, dk, dv)
+        if add_given_back is not None:
+            add_given_back(dk, dv)
+        plan.count_seconds(flights)
+        grads = dk.result(), dv.result()  # first, since the memory of their parts serves the next
+        return dq.result(), *grads
+
+
+def _joined(exchanges: Sequence[tuple[Branch, SpanExchange]], crossing: Crossing | None) -> Joined:
+    """Return the pieces that see, or are seen from, beyond this rank's chunk."""
+    pieces = {(branch, exchange.layout.piece) for branch, exchange in exchanges}
+    return pieces if crossing is None else pieces | crossing.pieces
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: int, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    return mix(q, k, v, plan_of(plan), causal, scale)
 
 
 def _backward(
@@ -98,37 +176,7 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of queries, keys and values (adjoint of `_forward`, with merged statistics)."""
-    its_plan = plan_of(plan)
-    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
-        backend = choose_backend(its_plan.backend, q.device, q.dtype, q.shape[-1])
-        q, k, v = (_laid_out(x) for x in (q, k, v))
-        heads, kv_heads = q.shape[2], k.shape[2]
-        output = Output(_laid_out(dout), out, lse)
-        dq, dk, dv = gradient_sum(q), gradient_sum(k), gradient_sum(v)
-        exchanges = its_plan.exchanges(heads, kv_heads, causal=causal)
-        flights: list[Pending] = []
-        progress = _driving(flights)
-        for (branch, exchange), its_received in zip(exchanges, received, strict=True):
-            row_grads: Rows = {}
-            for offset, rows in exchange.unpack(its_received).items():
-                pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
-                sums = gradient_sum(rows[0]), gradient_sum(rows[1])
-                attend_backward(
-                    *(backend, q, *rows, pairs, output, dq, *sums), causal=False, scale=scale, progress=progress
-                )
-                row_grads[offset] = sums[0].result(), sums[1].result()
-            flights.append(exchange.start_adjoint(row_grads, k))
-        its_plan.bytes_received += sum(flight.bytes_received for flight in flights)
-
-        result = attend_pieces_backward(
-            *(backend, q, k, v, its_plan.pieces, output, dq, dk, dv),
-            causal=causal, scale=scale, alone=not exchanges, progress=progress,
-        )  # fmt: skip
-        for (_, exchange), flight in zip(exchanges, flights, strict=True):
-            exchange.finish_adjoint(flight, k, dk, dv)
-        its_plan.count_seconds(flights)
-        return result or (dq.result(), dk.result(), dv.result())
+    return mix_backward(dout, q, k, v, out, lse, received, plan_of(plan), causal, scale)
 
 
 def _fake_forward(
@@ -140,9 +188,10 @@ def _fake_forward(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype)), received
 
 
-def _fake_backward(
+def fake_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return gradients of the right shapes."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -162,17 +211,23 @@ def _differentiate(ctx: Any, dout: torch.Tensor, *others: Any) -> tuple[torch.Te
     return (*grads, None, None, None)
 
 
-def _refuse(ctx: Any, *grads: torch.Tensor) -> None:
+def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+    """Say that there is no second derivative."""
     raise RuntimeError("dilated attention is differentiable once")
 
 
 # `torch.library.custom_op` says this in one line, but its checks of each call take as long as a small kernel.
-for _name, _function, _fake in (("mixture", _forward, _fake_forward), ("mixture_backward", _backward, _fake_backward)):
-    torch.library.define(f"longnet_hpc::{_name}", torch.library.infer_schema(_function, mutates_args=()))
-    torch.library.impl(f"longnet_hpc::{_name}", "CompositeExplicitAutograd", _function)
-    torch.library.register_fake(f"longnet_hpc::{_name}", _fake)
+def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make a function an operator of torch's library; ``fake`` tells the shapes of its results."""
+    torch.library.define(f"longnet_hpc::{name}", torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(f"longnet_hpc::{name}", "CompositeExplicitAutograd", function)
+    torch.library.register_fake(f"longnet_hpc::{name}", fake)
+
+
+register("mixture", _forward, _fake_forward)
+register("mixture_backward", _backward, fake_backward)
 torch.library.register_autograd("longnet_hpc::mixture", _differentiate, setup_context=_keep)
-torch.library.register_autograd("longnet_hpc::mixture_backward", _refuse)
+torch.library.register_autograd("longnet_hpc::mixture_backward", refuse)
 
 
 _plans: weakref.WeakValueDictionary[int, SequencePlan] = weakref.WeakValueDictionary()

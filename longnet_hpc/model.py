@@ -20,12 +20,17 @@ from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
 from longnet_hpc.gelu_norm import gelu_norm
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
-from longnet_hpc.sequence_plan import SequencePlan
+from longnet_hpc.sequence_plan import LayerPlan, SequencePlan
+from longnet_hpc.stream import ChunkPlan
 
 __all__ = ["Block", "LongNet"]
 
 Recomputed = Literal["nothing", "all but attention", "all"]
-_keeping_attention = partial(create_selective_checkpoint_contexts, [torch.ops.longnet_hpc.mixture.default])
+Plan = SequencePlan | ChunkPlan
+_keeping_attention = partial(
+    create_selective_checkpoint_contexts,
+    [torch.ops.longnet_hpc.mixture.default, torch.ops.longnet_hpc.stream_mixture.default],
+)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -68,7 +73,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        plan: SequencePlan,
+        plan: LayerPlan,
         rotation: Rotation,
         dropout_seed: int,
         recomputed: Recomputed = "nothing",
@@ -86,7 +91,7 @@ class Block(nn.Module):
         out: torch.Tensor = checkpoint(lambda x: self._compute(x, plan, rotation, dropout_seed), x, **how)
         return out
 
-    def _compute(self, x: torch.Tensor, plan: SequencePlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
+    def _compute(self, x: torch.Tensor, plan: LayerPlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
         normed, heads = self.attention_norm(x), (-1, self.config.head_dim)
         # One product for what is rotated, into new memory; the values are attended to as they come.
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight))
@@ -101,7 +106,7 @@ class Block(nn.Module):
         inner = gelu_norm(self.fc1(self.ffn_norm(x)), norm.weight, norm.bias, norm.eps)
         return x + self._drop(self.fc2(inner), plan, dropout_seed, 1)
 
-    def _drop(self, x: torch.Tensor, plan: SequencePlan, seed: int, place: int) -> torch.Tensor:
+    def _drop(self, x: torch.Tensor, plan: LayerPlan, seed: int, place: int) -> torch.Tensor:
         if not self.training or self.config.dropout == 0.0:
             return x  # before anything that differs between blocks is looked at: one graph serves them all
         site = 2 * self.index + place + 1
@@ -188,15 +193,16 @@ class LongNet(nn.Module):
         attention = config.pattern.flop(seq_len, config.heads, config.head_dim, causal=True)
         return batch * (2 * seq_len * weights + config.layers * attention) * (3 if training else 1)
 
-    def hidden(self, tokens: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, plan: Plan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
         """Return the last hidden states, ``(batch, local_len, embed_dim)``. Collective over the ranks of the plan.
 
         Parameters
         ----------
         tokens : torch.Tensor
             This rank's slice, ``(batch, local_len)``, an integer dtype.
-        plan : SequencePlan, optional
-            Who owns which tokens; by default one process owns them all.
+        plan : SequencePlan or ChunkPlan, optional
+            Who owns which tokens; by default one process owns them all. A chunk belongs to a longer sequence, of which
+            it has to be the next part: see `stream.SequenceStream`.
         dropout_seed : int
             Chooses the dropout masks while training; change it every step.
 
@@ -211,8 +217,8 @@ class LongNet(nn.Module):
         return self._hidden(tokens, self._agreed_plan(plan, tokens, None, dropout_seed), dropout_seed)
 
     def _agreed_plan(
-        self, plan: SequencePlan | None, tokens: torch.Tensor, targets: torch.Tensor | None, dropout_seed: int
-    ) -> SequencePlan:
+        self, plan: Plan | None, tokens: torch.Tensor, targets: torch.Tensor | None, dropout_seed: int
+    ) -> Plan:
         """Check what the caller passed, agree with the other ranks on it, and return the plan."""
         error: LongNetError | None = None
         try:
@@ -255,7 +261,7 @@ class LongNet(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if autocast else self.embedding.weight.dtype
 
-    def _hidden(self, tokens: torch.Tensor, plan: SequencePlan, dropout_seed: int) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, plan: Plan, dropout_seed: int) -> torch.Tensor:
         config = self.config
         x = self.embedding(tokens.long()) * math.sqrt(config.embed_dim)
         computed_in, device = self._computed_in(tokens.device), tokens.device
@@ -271,12 +277,12 @@ class LongNet(nn.Module):
         recomputed: Recomputed = "nothing"
         if self.activation_checkpointing and torch.is_grad_enabled():
             recomputed = "all but attention" if self.keep_attention else "all"
-        for block in self.blocks:
-            x = block(x, plan, rotation, dropout_seed, recomputed)
+        for index, block in enumerate(self.blocks):
+            x = block(x, plan.of_layer(index), rotation, dropout_seed, recomputed)
         normed: torch.Tensor = self.norm(x)
         return normed
 
-    def forward(self, tokens: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, plan: Plan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
         """Return logits ``(batch, local_len, vocab_size)``, float32 or float64; arguments as in `hidden`."""
         hidden = self.hidden(tokens, plan, dropout_seed=dropout_seed)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -284,7 +290,7 @@ class LongNet(nn.Module):
             return F.linear(hidden.to(wide), self.head.weight.to(wide))
 
     def loss(
-        self, tokens: torch.Tensor, targets: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0
+        self, tokens: torch.Tensor, targets: torch.Tensor, plan: Plan | None = None, *, dropout_seed: int = 0
     ) -> torch.Tensor:
         """Return the summed negative log-likelihood of this rank's targets in nats; arguments as in `hidden`.
 
@@ -296,7 +302,7 @@ class LongNet(nn.Module):
 
     @torch.no_grad()
     def token_losses(
-        self, tokens: torch.Tensor, targets: torch.Tensor, plan: SequencePlan | None = None, *, dropout_seed: int = 0
+        self, tokens: torch.Tensor, targets: torch.Tensor, plan: Plan | None = None, *, dropout_seed: int = 0
     ) -> torch.Tensor:
         """Return the negative log-likelihood of each target in nats, ``(batch, local_len)``; arguments as in `loss`.
 

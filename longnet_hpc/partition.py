@@ -83,24 +83,25 @@ class Partition:
     Parameters
     ----------
     bounds : tuple of int
-        ``size + 1`` positions in tokens, starting at 0 and never falling; rank r owns
-        ``[bounds[r], bounds[r + 1])``, which may be empty.
+        ``size + 1`` positions in tokens, none below 0 and never falling; rank r owns
+        ``[bounds[r], bounds[r + 1])``, which may be empty. Where the first is above 0, this is a chunk of a sequence,
+        and what lies before it is not its business.
 
     Raises
     ------
     PartitionError
-        If the bounds do not start at 0 or fall.
+        If the bounds start below 0 or fall.
     """
 
     bounds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.bounds) < 2 or self.bounds[0] != 0 or any(a > b for a, b in pairwise(self.bounds)):
-            raise PartitionError(f"bounds must start at 0 and never fall, got {self.bounds}")
+        if len(self.bounds) < 2 or self.bounds[0] < 0 or any(a > b for a, b in pairwise(self.bounds)):
+            raise PartitionError(f"bounds must be at least 0 and never fall, got {self.bounds}")
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int]) -> Partition:
-        """Lay slices of the given lengths (tokens) end to end.
+    def from_lengths(cls, lengths: Sequence[int], start: int = 0) -> Partition:
+        """Lay slices of the given lengths (tokens) end to end, the first at position ``start``.
 
         Raises
         ------
@@ -109,7 +110,7 @@ class Partition:
         """
         if any(not isinstance(length, int) or length < 0 for length in lengths):
             raise PartitionError(f"slice lengths must be integers of at least 0 tokens, got {tuple(lengths)}")
-        return cls((0, *accumulate(lengths)))
+        return cls(tuple(accumulate(lengths, initial=start)))
 
     @classmethod
     def even(cls, seq_len: int, size: int) -> Partition:
@@ -127,8 +128,13 @@ class Partition:
         return cls(tuple(seq_len * rank // size for rank in range(size + 1)))
 
     @property
-    def seq_len(self) -> int:
-        """Length of the whole sequence in tokens."""
+    def start(self) -> int:
+        """Position of the first token of all slices."""
+        return self.bounds[0]
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token of all slices; the length of the sequence, unless this is a chunk of it."""
         return self.bounds[-1]
 
     @property
@@ -175,9 +181,9 @@ class Partition:
         return tuple(span for span in spans if len(span.ranks) > 1)
 
     def _span(self, start: int, segment_length: int) -> Span:
-        stop = min(start + segment_length, self.seq_len)
+        stop = min(start + segment_length, self.stop)
         ranks, pieces = [], []
-        for rank in range(bisect_right(self.bounds, start) - 1, bisect_left(self.bounds, stop)):
+        for rank in range(max(0, bisect_right(self.bounds, start) - 1), bisect_left(self.bounds, stop)):
             low, high = max(start, self.bounds[rank]), min(stop, self.bounds[rank + 1])
             if low < high:
                 ranks.append(rank)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -25,7 +25,19 @@ if TYPE_CHECKING:
 
     from longnet_hpc.comm.buffers import Pending
 
-__all__ = ["SequencePlan", "check_shapes", "scale_of"]
+__all__ = ["LayerPlan", "SequencePlan", "check_shapes", "scale_of"]
+
+
+class LayerPlan(Protocol):
+    """What a block knows of the sequence that it computes on."""
+
+    start: int
+    """Global position of this rank's first token."""
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
+    ) -> torch.Tensor:
+        """Compute the attention of one layer; see `SequencePlan.attention`."""
 
 
 class SequencePlan:
@@ -39,6 +51,8 @@ class SequencePlan:
         The slices of all ranks.
     rank : int
         This rank.
+    start : int
+        Global position of this rank's first token.
     backend : str
         Name of the attention backend, or ``auto``.
     handle : int
@@ -57,6 +71,7 @@ class SequencePlan:
         self.pattern = pattern
         self.partition = partition
         self.rank = rank_and_size(comm)[0]
+        self.start = partition.bounds[self.rank]
         self.backend = backend
         self.bytes_received = 0
         self.seconds_tested = 0.0
@@ -75,6 +90,7 @@ class SequencePlan:
         pattern: Pattern | None,
         local_len: int,
         *,
+        start: int = 0,
         comm: MPI.Comm | None = None,
         backend: str = "auto",
         device: torch.device | str = "cpu",
@@ -89,6 +105,8 @@ class SequencePlan:
             The branches, the same on all ranks; None only beside an ``error``.
         local_len : int
             Tokens of this rank's slice.
+        start : int
+            Position of the first token of all ranks: above 0 for a chunk, see `stream.SequenceStream`.
         comm : mpi4py.MPI.Comm, optional
             Ranks that share the sequence.
         backend : str
@@ -111,10 +129,10 @@ class SequencePlan:
             If the ranks disagree.
         """
         device_type = torch.device(device).type
-        alike = {"pattern": pattern, "backend": backend, "device": device_type, **(facts or {})}
+        alike = {"pattern": pattern, "start": start, "backend": backend, "device": device_type, **(facts or {})}
         answers = agree_on(comm, alike, (local_len, is_decided()), error)
         assert pattern is not None
-        partition = Partition.from_lengths([length for length, _ in answers])
+        partition = Partition.from_lengths([length for length, _ in answers], start)
         if device_type == "cuda" and comm is not None and not all(decided for _, decided in answers):
             decide_transport(comm)
         key = (pattern, partition, backend)
@@ -144,11 +162,6 @@ class SequencePlan:
         agree_on(self._comm, facts, None, error)
 
     @property
-    def start(self) -> int:
-        """Global position of this rank's first token."""
-        return self.partition.bounds[self.rank]
-
-    @property
     def local_len(self) -> int:
         """Tokens of this rank's slice."""
         return len(self.partition.slice_of(self.rank))
@@ -156,7 +169,11 @@ class SequencePlan:
     @property
     def seq_len(self) -> int:
         """Tokens of the whole sequence."""
-        return self.partition.seq_len
+        return self.partition.stop
+
+    def of_layer(self, index: int) -> SequencePlan:
+        """Return what computes the attention of a layer: this plan, for all."""
+        return self
 
     @cached_property
     def pieces(self) -> tuple[tuple[int, Branch, Run], ...]:

@@ -6,7 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._logging import warning_once
 from torch.utils.checkpoint import checkpoint
 
-from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan, dilated_attention, mixture
+from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan, dilated_attention
+from longnet_hpc.attention import branch
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.model import Block
 from longnet_hpc.positions import POSITIONS, rotary
@@ -15,7 +16,7 @@ PATTERN = (8, 32), (1, 3)
 MICRO = LongNetConfig(
     vocab_size=17, layers=3, embed_dim=16, heads=4, kv_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 3)
 )
-SOFTMAX_SUM = mixture.softmax_sum
+SOFTMAX_SUM = branch.softmax_sum
 CHECKPOINTING = {"nothing": (False, True), "all but attention": (True, True), "all": (True, False)}
 
 
@@ -97,7 +98,7 @@ def test_compiled_model_of_more_layers_than_graphs_are_kept_equals_the_plain_one
 def test_checkpointing_computes_attention_again_only_where_it_is_not_kept(recomputed, again, is_compiled, monkeypatch):
     torch.compiler.reset()
     model, plan, calls = micro_model(recomputed), SequencePlan.build(MICRO.pattern, 48), []
-    monkeypatch.setattr(mixture, "softmax_sum", lambda q: calls.append(q) or SOFTMAX_SUM(q))
+    monkeypatch.setattr(branch, "softmax_sum", lambda q: calls.append(q) or SOFTMAX_SUM(q))
     if is_compiled:
         model.compile_blocks("aot_eager")
     x = torch.zeros(1, 48, dtype=torch.int64)

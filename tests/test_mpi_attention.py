@@ -204,7 +204,7 @@ def test_gradients_of_many_ranks_are_summed_in_float32(comm):
     sums = GradientSum(k), GradientSum(v)
     exchange.finish_adjoint(exchange.start_adjoint(grads, k), k, *sums)
     if comm.rank == 0:
-        assert all((total._total == 256.0 + comm.size - 2).all() for total in sums)
+        assert all((total.total == 256.0 + comm.size - 2).all() for total in sums)
 
 
 def test_same_bits_in_two_runs(comm):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 pytest.importorskip("triton")
 
 from longnet_hpc import dilated_attention, mixture
+from longnet_hpc.attention import branch
 from longnet_hpc.attention.parts import GradientParts, SoftmaxParts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,8 +18,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(scope="module", autouse=True)
 def in_one_pass():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixture, "softmax_sum", SoftmaxParts)
-        patch.setattr(mixture, "gradient_sum", GradientParts)
+        patch.setattr(branch, "softmax_sum", SoftmaxParts)
+        for module in (branch, mixture):
+            patch.setattr(module, "gradient_sum", GradientParts)
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,10 +14,13 @@ from longnet_hpc.pattern import Branch
 if TYPE_CHECKING:
     from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
 
-__all__ = ["AllPieces", "Backend", "Output", "Piece"]
+__all__ = ["AllPieces", "Backend", "Joined", "Output", "Piece"]
 
 Piece = tuple[int, Branch, Run]
 """Equal pieces of segments of one branch, with the number of the branch."""
+
+Joined = Set[tuple[Branch, Run]]
+"""Pieces whose queries see more than their own tokens, or whose keys are seen by more than their own queries."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,13 @@ class PiecesForward(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         pieces: Sequence[Piece],
-        total: SoftmaxCollector,
         *,
         causal: bool,
         scale: float,
-        alone: bool,
+        joined: Joined,
         progress: Callable[[], object],
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Attend within every piece and add to ``total``; where nothing else is added, the result may be returned.
-
-        Parameters as for `branch.attend_pieces`.
-        """
+    ) -> SoftmaxCollector:
+        """Attend within every piece; parameters and result as for `branch.attend_pieces`."""
 
 
 class PiecesBackward(Protocol):
@@ -106,19 +105,13 @@ class PiecesBackward(Protocol):
         v: torch.Tensor,
         pieces: Sequence[Piece],
         output: Output,
-        dq: GradientCollector,
-        dk: GradientCollector,
-        dv: GradientCollector,
         *,
         causal: bool,
         scale: float,
-        alone: bool,
+        joined: Joined,
         progress: Callable[[], object],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Add the gradients of every piece onto three sums; where nothing else is added, these may be returned.
-
-        Parameters as for `branch.attend_pieces_backward`.
-        """
+    ) -> tuple[GradientCollector, GradientCollector, GradientCollector]:
+        """Return the gradients of every piece; parameters and result as for `branch.attend_pieces_backward`."""
 
 
 class TakesPieces(Protocol):

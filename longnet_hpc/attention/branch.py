@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from longnet_hpc.attention.backend import Backend, Output, Piece
-from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
+from longnet_hpc.attention.backend import Backend, Joined, Output, Piece
+from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector, TakesGradients, gradient_sum, softmax_sum
 from longnet_hpc.attention.views import MAX_PIECES, batches, grid_view
 from longnet_hpc.grids import Grid, limited, piece_grids
 
@@ -68,9 +68,9 @@ def attend_backward(
     v: torch.Tensor,
     pairs: Pairs,
     output: Output,
-    dq: GradientCollector,
-    dk: GradientCollector,
-    dv: GradientCollector,
+    dq: TakesGradients,
+    dk: TakesGradients,
+    dv: TakesGradients,
     *,
     causal: bool,
     scale: float,
@@ -98,37 +98,35 @@ def attend_pieces(
     k: torch.Tensor,
     v: torch.Tensor,
     pieces: Sequence[Piece],
-    total: SoftmaxCollector,
     *,
     causal: bool,
     scale: float,
-    alone: bool,
+    joined: Joined,
     progress: Callable[[], object],
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Attend the queries of every piece to the keys of the same piece, and merge.
+) -> SoftmaxCollector:
+    """Attend the queries of every piece to the keys of the same piece.
 
     Parameters
     ----------
-    backend, q, k, v, total, causal, scale, progress
+    backend, q, k, v, causal, scale, progress
         As for `attend`; keys are those of the same tokens.
     pieces : sequence of Piece
         All pieces of this slice.
-    alone : bool
-        Whether nothing else is added to ``total``.
+    joined : set of tuple
+        Branches and runs of those to whose softmax something is added afterwards.
 
     Returns
     -------
-    tuple of torch.Tensor or None
-        Output and log-sum-exp, if nothing was added to ``total`` since they could be made at once.
+    SoftmaxCollector
+        The softmax so far, to add to and then to take the result of.
     """
     if backend.pieces is not None and backend.pieces.takes(q, pieces, causal=causal, backward=False):
-        return backend.pieces.forward(
-            *(q, k, v, pieces, total), causal=causal, scale=scale, alone=alone, progress=progress
-        )
+        return backend.pieces.forward(q, k, v, pieces, causal=causal, scale=scale, joined=joined, progress=progress)
+    total = softmax_sum(q)
     for index, branch, run in pieces:
         pairs = piece_grids(branch, run, q.shape[2], k.shape[2])
         attend(backend, q, k, v, pairs, total, causal=causal, scale=scale, first=index == 0, progress=progress)
-    return None
+    return total
 
 
 def attend_pieces_backward(
@@ -138,27 +136,25 @@ def attend_pieces_backward(
     v: torch.Tensor,
     pieces: Sequence[Piece],
     output: Output,
-    dq: GradientCollector,
-    dk: GradientCollector,
-    dv: GradientCollector,
     *,
     causal: bool,
     scale: float,
-    alone: bool,
+    joined: Joined,
     progress: Callable[[], object],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Add the gradients of `attend_pieces` onto three sums (adjoint; parameters as there, with merged statistics).
+) -> tuple[GradientCollector, GradientCollector, GradientCollector]:
+    """Return the gradients of `attend_pieces` so far (adjoint; parameters as there, with merged statistics).
 
     Returns
     -------
-    tuple of torch.Tensor or None
-        The gradients, if nothing was added to the sums since they could be made at once.
+    dq, dk, dv : GradientCollector
+        To add to, and then to take the results of.
     """
     if backend.pieces is not None and backend.pieces.takes(q, pieces, causal=causal, backward=True):
         return backend.pieces.backward(
-            *(q, k, v, pieces, output, dq, dk, dv), causal=causal, scale=scale, alone=alone, progress=progress
+            *(q, k, v, pieces, output), causal=causal, scale=scale, joined=joined, progress=progress
         )
+    sums = gradient_sum(q), gradient_sum(k), gradient_sum(v)
     for _, branch, run in pieces:
         pairs = piece_grids(branch, run, q.shape[2], k.shape[2])
-        attend_backward(*(backend, q, k, v, pairs, output, dq, dk, dv), causal=causal, scale=scale, progress=progress)
-    return None
+        attend_backward(*(backend, q, k, v, pairs, output, *sums), causal=causal, scale=scale, progress=progress)
+    return sums

@@ -18,8 +18,10 @@ from longnet_hpc.grids import Grid
 __all__ = [
     "GradientCollector",
     "GradientSum",
+    "HeldGradients",
     "SoftmaxCollector",
     "SoftmaxSum",
+    "TakesGradients",
     "gradient_sum",
     "softmax_sum",
     "wide_dtype",
@@ -36,11 +38,15 @@ class SoftmaxCollector(Protocol):
         """Return output and log-sum-exp."""
 
 
-class GradientCollector(Protocol):
-    """What sums gradients of branches: `GradientSum`, or `parts.GradientParts`."""
+class TakesGradients(Protocol):
+    """What parts of a gradient are added to."""
 
     def add(self, sequences: slice, grid: Grid, part: torch.Tensor) -> None:
         """Add a part onto a grid of some sequences."""
+
+
+class GradientCollector(TakesGradients, Protocol):
+    """What sums gradients of branches: `GradientSum`, or `parts.GradientParts`."""
 
     def result(self) -> torch.Tensor:
         """Return the sum."""
@@ -133,15 +139,20 @@ class GradientSum:
     ----------
     x : torch.Tensor
         What the gradient is of, ``(batch, seq, heads, head_dim)``.
+
+    Attributes
+    ----------
+    total : torch.Tensor
+        The sum so far, float32 or wider, shaped as ``x``.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
         self._dtype = x.dtype
-        self._total = torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
+        self.total = torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
 
     def add(self, sequences: slice, grid: Grid, part: torch.Tensor) -> None:
         """Add ``part`` ``(sequences * count, heads, rows, head_dim)`` onto a grid of some sequences."""
-        total = grid_view(self._total[sequences], grid)
+        total = grid_view(self.total[sequences], grid)
         part = part.view(total.shape)
         if grid.one_head:
             total[:, :, 0] += part.sum(2, dtype=total.dtype)
@@ -150,4 +161,20 @@ class GradientSum:
 
     def result(self) -> torch.Tensor:
         """Return the sum in the dtype of the tensor."""
-        return self._total.to(self._dtype)
+        return self.total.to(self._dtype)
+
+
+class HeldGradients:
+    """Parts of a gradient whose sum is not there yet."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[slice, Grid, torch.Tensor]] = []
+
+    def add(self, sequences: slice, grid: Grid, part: torch.Tensor) -> None:
+        """Keep a part."""
+        self._parts.append((sequences, grid, part))
+
+    def add_to(self, total: TakesGradients) -> None:
+        """Add all parts onto a sum."""
+        for part in self._parts:
+            total.add(*part)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from longnet_hpc.attention.backend import Output, Piece
+from longnet_hpc.attention.backend import Joined, Output, Piece
 from longnet_hpc.attention.hopper.backward import (
     MAX_JOBS,
     BackwardJob,
@@ -15,11 +15,11 @@ from longnet_hpc.attention.hopper.backward import (
     dense_backward_job,
     run_backward,
 )
+from longnet_hpc.attention.hopper.compact import CompactGradients, CompactSoftmax, heads_of, plan_folds
 from longnet_hpc.attention.hopper.forward import ForwardJob, can_merge, compact_job, dense_job, run_forward
-from longnet_hpc.attention.hopper.gradients import add_rows
 from longnet_hpc.attention.hopper.jobs import Rows
 from longnet_hpc.attention.hopper.statistics import find_statistics
-from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector
+from longnet_hpc.attention.sums import GradientCollector, GradientSum, SoftmaxCollector, gradient_sum, softmax_sum
 from longnet_hpc.grids import Grid, piece_grids
 
 __all__ = ["backward", "forward", "takes"]
@@ -51,34 +51,37 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     pieces: Sequence[Piece],
-    total: SoftmaxCollector,
     *,
     causal: bool,
     scale: float,
-    alone: bool,
+    joined: Joined,
     progress: Callable[[], object],
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> SoftmaxCollector:
     """Attend within all pieces; see `attention.branch.attend_pieces`."""
     q, k, v = (_fills(x) for x in (q, k, v))
-    last = _dense_pieces(q, pieces) if alone else []
+    last = _dense_pieces(q, pieces, joined)
     others = [piece for piece in pieces if piece not in last]
-    if not can_merge([_rows(piece) for piece in others], [_rows(piece) for piece in last], q.shape[3]):
+    parts = [_rows(piece) for piece in others]
+    kept, folds = plan_folds(parts)
+    if not can_merge([parts[number] for number in kept], [_rows(piece) for piece in last], q.shape[3]):
         last, others = [], list(pieces)
     jobs = [compact_job(q, _rows(piece)) for piece in others]
     for some in _batched(jobs):
         run_forward(q, k, v, some, causal=causal, scale=scale)
         progress()
     if last:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        for some in _batched([dense_job(_rows(piece), out, lse) for piece in last]):
-            run_forward(q, k, v, some, jobs, causal=causal, scale=scale)
-        return out, lse
+
+        def finish(out: torch.Tensor, lse: torch.Tensor) -> None:
+            for some in _batched([dense_job(_rows(piece), out, lse) for piece in last]):
+                run_forward(q, k, v, some, [jobs[number] for number in kept], causal=causal, scale=scale)
+
+        return CompactSoftmax(q, jobs, folds, finish)
+    total = softmax_sum(q)
     for piece, job in zip(others, jobs, strict=True):
         for grid, _, heads in _bundles(piece, q, k):
             part = job.out.transpose(1, 2)[:, heads, : grid.rows]
             total.add(slice(0, q.shape[0]), grid, part, job.lse[:, heads, : grid.rows], first=piece[0] == 0)
-    return None
+    return total
 
 
 def backward(
@@ -87,41 +90,36 @@ def backward(
     v: torch.Tensor,
     pieces: Sequence[Piece],
     output: Output,
-    dq: GradientCollector,
-    dk: GradientCollector,
-    dv: GradientCollector,
     *,
     causal: bool,
     scale: float,
-    alone: bool,
+    joined: Joined,
     progress: Callable[[], object],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Add the gradients of `forward`; see `attention.branch.attend_pieces_backward`."""
+) -> tuple[GradientCollector, GradientCollector, GradientCollector]:
+    """Return the gradients of `forward`; see `attention.branch.attend_pieces_backward`."""
     q, k, v = (_fills(x) for x in (q, k, v))
     dout = output.dout.contiguous()
-    batch, seq, heads, _ = q.shape
-    dense = _dense_pieces(q, pieces) if alone and k.shape[2] == heads else []
+    batch, _, heads, _ = q.shape
+    dense = _dense_pieces(q, pieces, joined) if k.shape[2] == heads else []
     dense_dk, dense_dv = (q.new_empty(q.shape if dense else 0) for _ in range(2))
     jobs = [
         dense_backward_job(q, rows, dense_dk, dense_dv) if piece in dense else backward_job(q, rows)
         for piece, rows in zip(pieces, map(_rows, pieces), strict=True)
     ]
     find_statistics(output.out.contiguous(), dout, output.lse.contiguous(), jobs)
-    dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    dq = GradientSum(q)
     for some in _batched(jobs):
-        run_backward(dout, q, k, v, dq_sum, some, causal=causal, scale=scale)
+        run_backward(dout, q, k, v, dq.total, some, causal=causal, scale=scale)
         progress()
     if dense:
-        add_rows(dense_dk, dense_dv, [job for piece, job in zip(pieces, jobs, strict=True) if piece not in dense])
-        del jobs, some  # their memory serves the next line
-        return dq_sum.to(q.dtype), dense_dk, dense_dv
-    everything = slice(0, batch)
-    dq.add(everything, Grid(0, seq, 1, seq, 1, 0, 0, 0, 1, heads), dq_sum.transpose(1, 2))
+        compact = [job for piece, job in zip(pieces, jobs, strict=True) if piece not in dense]
+        return dq, *CompactGradients(dense_dk, dense_dv, compact).collectors()
+    dk, dv = gradient_sum(k), gradient_sum(v)
     for piece, job in zip(pieces, jobs, strict=True):
         for grid, kv_grid, its_heads in _bundles(piece, q, k):
             for sums, part in ((dk, job.dk), (dv, job.dv)):
-                sums.add(everything, kv_grid, part.transpose(1, 2)[:, its_heads, : grid.rows])
-    return None
+                sums.add(slice(0, batch), kv_grid, part.transpose(1, 2)[:, its_heads, : grid.rows])
+    return dq, dk, dv
 
 
 def _rows(piece: Piece) -> Rows:
@@ -135,11 +133,12 @@ def _fills(x: torch.Tensor) -> torch.Tensor:
     return x if even else x.clone(memory_format=torch.contiguous_format)
 
 
-def _dense_pieces(q: torch.Tensor, pieces: Sequence[Piece]) -> list[Piece]:
-    """Return the pieces of a branch on whose grids every query lies, or none."""
+def _dense_pieces(q: torch.Tensor, pieces: Sequence[Piece], joined: Joined) -> list[Piece]:
+    """Return the pieces of a branch on whose grids every query lies and to which nothing is added, or none."""
     for index in dict.fromkeys(piece[0] for piece in pieces):
         its = [piece for piece in pieces if piece[0] == index]
-        if its[0][1].dilation_rate == 1 and sum(run.count * run.length for _, _, run in its) == q.shape[1]:
+        whole = sum(run.count * run.length for _, _, run in its) == q.shape[1]
+        if its[0][1].dilation_rate == 1 and whole and joined.isdisjoint((branch, run) for _, branch, run in its):
             return its
     return []
 
@@ -147,8 +146,7 @@ def _dense_pieces(q: torch.Tensor, pieces: Sequence[Piece]) -> list[Piece]:
 def _bundles(piece: Piece, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[Grid, Grid, slice]]:
     """Yield the grids of a piece, those of their keys, and which heads of a compact result are theirs."""
     for grid, kv_grid in piece_grids(piece[1], piece[2], q.shape[2], k.shape[2]):
-        step = max(1, grid.head_step)
-        yield grid, kv_grid, slice(grid.first_head, grid.first_head + (grid.heads - 1) * step + 1, step)
+        yield grid, kv_grid, heads_of(grid)
 
 
 def _batched(jobs: Sequence[_Job]) -> Iterator[Sequence[_Job]]:

@@ -1,0 +1,125 @@
+"""Loss and gradient over one whole sequence, swept through in chunks; a sweep can stop and go on between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from longnet_hpc.carry_store import RowStore
+from longnet_hpc.chunk import Chunk
+from longnet_hpc.partition import Partition
+from longnet_hpc.stream import SequenceStream
+
+if TYPE_CHECKING:
+    from longnet_hpc.model import LongNet
+
+__all__ = ["GradientSweep", "chunk_bounds", "slice_of_chunk"]
+
+Read = Callable[[range], tuple[torch.Tensor, torch.Tensor]]
+"""Returns tokens and targets of a slice of the sequence, ``(batch, len(slice))`` each, on the device."""
+
+
+def chunk_bounds(seq_len: int, chunk_len: int) -> list[int]:
+    """Return the positions at which a sequence is cut into chunks of ``chunk_len`` tokens, its ends included."""
+    return [*range(0, seq_len, chunk_len), seq_len]
+
+
+def slice_of_chunk(chunk: range, rank: int, size: int) -> range:
+    """Return this rank's positions of a chunk: even slices, some empty where there are more ranks than tokens."""
+    return range(chunk.start + len(chunk) * rank // size, chunk.start + len(chunk) * (rank + 1) // size)
+
+
+class GradientSweep:
+    """The exact gradient of the loss over a whole sequence, within the memory that one chunk needs.
+
+    Forward, all chunks but the last are computed for the rows that they leave; backward, all are computed again in
+    reverse, now with their gradient.
+
+    Parameters
+    ----------
+    model : LongNet
+        Its parameters collect the gradient of the mean loss, as of this rank.
+    stream : SequenceStream
+        The sequence; new, or as it was when a sweep stopped.
+    store : RowStore
+        Where rows wait for the backward sweep.
+    bounds : sequence of int
+        Where the sequence is cut into chunks, its ends included.
+    read : callable
+        Gives tokens and targets of a slice.
+    rank, size : int
+        Of the ranks that share each chunk.
+    autocast : callable, optional
+        Makes a context in which the model computes.
+    dropout_seed : int
+        Chooses the dropout masks.
+
+    Attributes
+    ----------
+    done : int
+        Chunks done, of twice as many less one: forward first, then backward.
+    loss : torch.Tensor
+        Summed loss of this rank's tokens so far, in nats, float64; complete with the last chunk.
+    """
+
+    def __init__(
+        self,
+        model: LongNet,
+        stream: SequenceStream,
+        store: RowStore,
+        bounds: Sequence[int],
+        read: Read,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        dropout_seed: int = 0,
+    ) -> None:
+        self.model, self.stream, self.store, self.read = model, stream, store, read
+        self.chunks = [range(start, stop) for start, stop in pairwise(bounds)]
+        self.done = 0
+        self.loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        self._rank, self._size = rank, size
+        self._autocast, self._dropout_seed = autocast, dropout_seed
+
+    @property
+    def total(self) -> int:
+        """Chunks to do: forward but for the last, and backward."""
+        return 2 * len(self.chunks) - 1
+
+    def advance(self) -> range:
+        """Do the next chunk of the sweep; return its positions. Collective."""
+        forward = len(self.chunks) - 1
+        if self.done < forward:
+            chunk = self.chunks[self.done]
+            self._forward(chunk)
+        else:
+            chunk = self.chunks[2 * forward - self.done]
+            self._backward(chunk)
+        self.done += 1
+        return chunk
+
+    def _forward(self, chunk: range) -> None:
+        its = slice_of_chunk(chunk, self._rank, self._size)
+        tokens, _ = self.read(its)
+        with torch.no_grad(), self.stream.next_chunk(len(its)) as plan, self._autocast():
+            self.model.hidden(tokens, plan, dropout_seed=self._dropout_seed)
+        self.stream.settle()
+        self.store.keep(self.stream.carries, plan.chunk)
+
+    def _backward(self, chunk: range) -> None:
+        its = slice_of_chunk(chunk, self._rank, self._size)
+        tokens, targets = self.read(its)
+        with self.stream.chunk_again(chunk.start, len(its), self.store) as plan:
+            if chunk.start:
+                before = next(other for other in self.chunks if other.stop == chunk.start)
+                its_partition = Partition((before.start, *[before.stop] * self._size))
+                self.store.fetch(len(self.stream.carries), Chunk(its_partition, self.stream.seq_len))
+            with self._autocast():
+                loss = self.model.loss(tokens, targets, plan, dropout_seed=self._dropout_seed)
+            (loss / (tokens.shape[0] * self.stream.seq_len)).backward()
+        self.loss += loss.detach()
