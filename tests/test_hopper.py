@@ -13,6 +13,7 @@ import torch
 from cases import HOPPER_CASES, Case
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from streamed import STREAMED_CASES, streamed_attention
 
 pytest.importorskip("triton")
 
@@ -61,6 +62,16 @@ def check(case, dtype):
 def test_kernels_equal_the_oracle(name, causal):
     batch, seq, heads, kv_heads, *pattern = HOPPER_CASES[name]
     check(Case(batch, seq, heads, kv_heads, 64, *pattern, causal, seed=1), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", STREAMED_CASES)
+def test_chunks_equal_the_oracle(name):
+    batch, seq, heads, kv_heads, w, r, bounds = STREAMED_CASES[name]
+    tensors = Case(batch, seq, heads, kv_heads, 64, w, r, True, seed=4).tensors(torch.bfloat16)
+    actual = streamed_attention(*tensors, (w, r), bounds, backend="hopper")
+    expected = oracle.attention_with_gradients(*tensors, w, r, True)
+    for ours, right in zip(actual, (expected[0], *expected[2:]), strict=True):
+        torch.testing.assert_close(ours.double(), right, atol=TOLERANCE[torch.bfloat16], rtol=TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
