@@ -234,7 +234,8 @@ class LongNet(nn.Module):
             if targets is not None:
                 if targets.shape != tokens.shape:
                     raise ShapeError(f"targets must be shaped {tuple(tokens.shape)}, got {tuple(targets.shape)}")
-                check_targets(targets, self.config.vocab_size)
+                if targets.dtype not in _INTEGERS or not _must_fit(targets.dtype, self.config.vocab_size):
+                    check_targets(targets, self.config.vocab_size)
         except LongNetError as caught:
             error = caught
         if plan is None:
@@ -263,8 +264,12 @@ class LongNet(nn.Module):
 
     def _hidden(self, tokens: torch.Tensor, plan: Plan, dropout_seed: int) -> torch.Tensor:
         config = self.config
-        x = self.embedding(tokens.long()) * math.sqrt(config.embed_dim)
         computed_in, device = self._computed_in(tokens.device), tokens.device
+        scale = math.sqrt(config.embed_dim)
+        if self.half_residual and not torch.is_grad_enabled():  # nothing in the size of all tokens but the result
+            x = F.embedding(tokens.long(), (self.embedding.weight * scale).to(computed_in))
+        else:
+            x = self.embedding(tokens.long()) * scale
         rotation = POSITIONS[config.positions](
             plan.start, plan.local_len, plan.seq_len, config.head_dim, config.rotary_base, computed_in, device
         )
@@ -321,10 +326,16 @@ def _in_words(pattern: Pattern) -> str:
     return f"w = {list(pattern.segment_lengths)}, r = {list(pattern.dilation_rates)}"
 
 
+def _must_fit(dtype: torch.dtype, vocab_size: int) -> bool:
+    """Return whether no number of a dtype is outside a vocabulary, so that nothing has to be waited for to see that."""
+    limits = torch.iinfo(dtype)
+    return limits.min >= 0 and limits.max < vocab_size
+
+
 def _check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
     if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
         raise ShapeError(f"tokens must be integers (batch, seq), got {tokens.dtype} {tuple(tokens.shape)}")
-    if tokens.numel():
+    if tokens.numel() and not _must_fit(tokens.dtype, vocab_size):
         low, high = (int(extreme) for extreme in torch.aminmax(tokens))
         if low < 0 or high >= vocab_size:
             raise ShapeError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

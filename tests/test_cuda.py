@@ -6,6 +6,7 @@ import torch
 from cases import HOPPER_CASES, Case, cases
 from hypothesis import given, settings
 from parallel_case import assert_all_close, cut, own_slice
+from streamed import STREAMED_CASES, streamed_attention
 from torch.nn import functional as F
 
 from longnet_hpc import dilated_attention
@@ -67,6 +68,19 @@ def test_hopper_kernels_equal_the_oracle(dtype, causal, head_dim, name):
     case = Case(batch, seq, heads, kv_heads, head_dim, *pattern, causal, seed=head_dim)
     for actual, expected in zip(*on_gpu(case, dtype, backend="hopper"), strict=True):
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", STREAMED_CASES)
+@pytest.mark.parametrize("backend", ["hopper", "cudnn", "library"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunks_equal_the_oracle(dtype, backend, name):
+    needs_hopper()
+    batch, seq, heads, kv_heads, w, r, bounds = STREAMED_CASES[name]
+    tensors = [x.cuda() for x in Case(batch, seq, heads, kv_heads, 64, w, r, True, seed=4).tensors(dtype)]
+    actual = streamed_attention(*tensors, (w, r), bounds, backend=backend)
+    expected = oracle.attention_with_gradients(*(x.cpu() for x in tensors), w, r, True)
+    for ours, right in zip(actual, (expected[0], *expected[2:]), strict=True):
+        torch.testing.assert_close(ours.double().cpu(), right, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", ["hopper", "library"])
