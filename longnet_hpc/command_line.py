@@ -14,14 +14,20 @@ from typing import Any
 import tyro
 
 from longnet_hpc import __version__
-from longnet_hpc.config import OPTIMIZERS, EvalConfig, LongNetConfig, PrepareConfig, TrainConfig
+from longnet_hpc.config import OPTIMIZERS, EvalConfig, GenerateConfig, LongNetConfig, PrepareConfig, TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, from_table, read_toml
 from longnet_hpc.errors import CheckpointError, ConfigError
 
 __all__ = ["parse"]
 
 _PROGRAM = "python -m longnet_hpc.run"
-_COMMANDS: dict[str, Any] = {"main": TrainConfig, "prepare": PrepareConfig, "train": TrainConfig, "eval": EvalConfig}
+_COMMANDS: dict[str, Any] = {
+    "main": TrainConfig,
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "generate": GenerateConfig,
+}
 _MAIN_HELP = f"""LongNet over sequences that span MPI ranks: alone, under mpirun, or under srun.
 
 Without a command it runs the main job: prepare Python's standard library as a corpus, train, evaluate on the files that
@@ -33,9 +39,11 @@ the training left out (or, with --corpus, on that same corpus), and say where th
 
     {_PROGRAM} eval: measure a trained model
 
+    {_PROGRAM} generate: go on with a text by a trained model
+
 Each explains its options with --help; --version tells the version. The main job has the options of train:"""
 _PATTERN_LISTS = ("--model.segment-lengths", "--model.dilation-rates")
-_GOING_ON = {"train": "--resume", "eval": "--checkpoint"}
+_GOING_ON = {"train": "--resume", "eval": "--checkpoint", "generate": "--checkpoint"}
 """The option by which a command takes the folder of a run."""
 
 
@@ -105,7 +113,7 @@ def _stray_word(command: str, word: str) -> str:
     there = Path(word).exists()
     if command == "main":
         hint = f"; did you mean train --resume {word} or eval --checkpoint {word}?" if there else ""
-        return f"command {word!r} does not exist, must be prepare, train, eval or none{hint}"
+        return f"command {word!r} does not exist, must be prepare, train, eval, generate or none{hint}"
     hint = f"; did you mean {_GOING_ON[command]} {word}?" if there else ""
     return f"{command} takes options only, got {word!r}{hint}"
 

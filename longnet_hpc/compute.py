@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 import torch
 
@@ -16,8 +18,12 @@ from longnet_hpc.errors import ConfigError, CorpusError
 from longnet_hpc.partition import Partition
 from longnet_hpc.positions import POSITIONS
 from longnet_hpc.sequence_plan import SequencePlan
+from longnet_hpc.stream import SequenceStream
 
 __all__ = ["Compute"]
+
+_BYTES_COMPUTED, _BYTES_TRAINED = 26, 40
+"""Roughly what a chunk needs a token and feature: to be computed, and a layer to be differentiated."""
 
 
 class Compute:
@@ -44,6 +50,8 @@ class Compute:
         The slices of all ranks, even.
     slice_of : range
         This rank's slice, in tokens.
+    compiles : bool
+        Whether `torch.compile` is to make the code of the blocks.
 
     Raises
     ------
@@ -57,6 +65,7 @@ class Compute:
 
     def __init__(self, config: ComputeConfig, launch: Launch, model: LongNetConfig, seq_len: int) -> None:
         self._launch, self._model, self._backend = launch, model, config.backend
+        self.compiles = _compiles(config, model, launch.device)
         self.device = launch.device
         self.check_memory(4)  # the weights; before anything is made in their size
         wants_half = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
@@ -105,6 +114,27 @@ class Compute:
             self._model.pattern, len(self.slice_of), comm=self._launch.comm, backend=self._backend, device=self.device
         )
 
+    def stream(self, seq_len: int) -> SequenceStream:
+        """Return a sequence that is walked through in time."""
+        return SequenceStream(
+            self._model.pattern, seq_len, layers=self._model.layers,
+            comm=self._launch.comm, backend=self._backend, device=self.device,
+        )  # fmt: skip
+
+    def longest_chunk(self, seq_len: int, *, training: bool = False) -> int:
+        """Return how long a chunk may be over all ranks, in tokens: a power of two times the ranks, if not all."""
+        at_once = 1 << 15
+        if self.device.type == "cuda":
+            ranks_of_it = -(-self._launch.node_size // torch.cuda.device_count())
+            share = torch.cuda.get_device_properties(self.device).total_memory / ranks_of_it
+            size = self._model.embed_dim * (_BYTES_TRAINED * self._model.layers + 60 if training else _BYTES_COMPUTED)
+            at_once = 1 << max(15, min(22, int(math.log2(0.7 * share / size))))
+        return min(seq_len, at_once * self._launch.size)
+
+    def eagerly(self, wanted: bool) -> AbstractContextManager[object]:
+        """Compute without `torch.compile` if ``wanted``: a graph is made for one length, and takes time to make."""
+        return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
+
     def autocast(self) -> AbstractContextManager[object]:
         """Compute products in `dtype`; weights and sums stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -114,3 +144,9 @@ class Compute:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _compiles(config: ComputeConfig, model: LongNetConfig, device: torch.device) -> bool:
+    if config.compile == "auto":
+        return device.type == "cuda" and model.dropout == 0.0 and find_spec("triton") is not None
+    return config.compile == "on"

@@ -12,7 +12,17 @@ from tyro.conf import Positional, PositionalMetavarFromFieldName
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.pattern import Pattern
 
-__all__ = ["OPTIMIZERS", "PRESETS", "EvalConfig", "LongNetConfig", "OptimizerConfig", "PrepareConfig", "TrainConfig"]
+__all__ = [
+    "OPTIMIZERS",
+    "PRESETS",
+    "ComputeConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "LongNetConfig",
+    "OptimizerConfig",
+    "PrepareConfig",
+    "TrainConfig",
+]
 
 THIS_CALL_ONLY = {"this_call_only": True}
 """Metadata of a field that belongs to one call of the command line: not part of a config file, and not saved."""
@@ -183,6 +193,8 @@ class ComputeConfig:
     """Attention backend by name; auto is the fastest that can do it."""
     transport: Literal["auto", "direct", "staged"] = "auto"
     """How GPU memory travels between ranks: by a CUDA-aware MPI (direct) or through host memory (staged)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +237,6 @@ class TrainConfig(ComputeConfig):
     """Under activation_checkpointing, keep the output of attention and its rows from other ranks nevertheless."""
     half_residual: bool = False
     """Keep the residual stream in the number format of matrix products, too: half its memory under bfloat16."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
     save_every: int = 100
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2
@@ -276,7 +286,15 @@ class EvalConfig(ComputeConfig):
     corpus: Path | None = None
     """Corpus file (HDF5, made by prepare). None means the part of the standard library that train leaves out."""
     seq_len: int | None = None
-    """Length of a sequence over all ranks, in tokens. None means as in the training."""
+    """Length of a sequence over all ranks, in tokens. None means that of training; of a stream, the whole corpus."""
+    stream: bool = False
+    """Take the corpus as one sequence, computed chunk by chunk: memory does not grow with its length."""
+    chunk_len: int | None = None
+    """Length of a chunk of a stream over all ranks, in tokens. None means as long as memory allows."""
+    stop_after: float | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """Time after which a stream is left with its state kept; the same command goes on. In seconds."""
+    half_residual: bool = False
+    """Keep the residual stream in the number format of matrix products, too: half its memory under bfloat16."""
     batch_size: int = 1
     """Sequences in one forward pass."""
     max_batches: int | None = None
@@ -285,4 +303,47 @@ class EvalConfig(ComputeConfig):
     """Folder of the results, replaced if it has any. None means one near the checkpoint, after corpus and step."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "seq_len", "batch_size", "max_batches")
+        _at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
+        if self.stream and (self.batch_size != 1 or self.max_batches is not None):
+            raise ConfigError("a stream is one sequence: batch_size and max_batches have no say, give seq_len")
+        if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
+            raise ConfigError("chunk_len and stop_after belong to a stream: give --stream, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ComputeConfig):
+    """Go on with a text by a trained model; the text that is made goes to standard output."""
+
+    config: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """TOML file with any of these fields; the command line overrides it."""
+    checkpoint: Path | None = None
+    """Checkpoint file, or the folder of a run for its latest one."""
+    prompt: str | None = None
+    """Text to go on with; this or prompt_file."""
+    prompt_file: Path | None = None
+    """File to go on with, of any length (also .gz, .xz); - for standard input."""
+    tokenizer: str | None = None
+    """bytes, a JSON file of the tokenizers package, or a corpus (.h5) made by it. None: bytes, for 256 token values."""
+    max_new_tokens: int = 256
+    """Length of the text that is made, in tokens."""
+    samples: int = 1
+    """Number of texts that are made side by side, and shown one after the other."""
+    temperature: float = 0.0
+    """Divisor of the logits before a token is drawn. 0 takes the most probable token."""
+    top_k: int | None = None
+    """Number of tokens to draw from, the most probable ones. None means all."""
+    top_p: float | None = None
+    """Probability to draw from: of the fewest tokens that together have it, above 0 to 1. None means all."""
+    seed: int = 0
+    """Chooses what is drawn; 0 to below 2**63."""
+    chunk_len: int = 8192
+    """Length of the pieces in which the prompt is read, in tokens: longer ones take more memory, shorter more time."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_new_tokens", "samples", "top_k", "chunk_len")
+        if not 0.0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")

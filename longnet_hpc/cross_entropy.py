@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from longnet_hpc.errors import ShapeError
 
@@ -91,8 +92,7 @@ def cross_entropy(
         weight,
         targets,
         ignore_index,
-        _piece(piece_tokens, weight),
-        _operand_dtype(hidden),
+        piece_tokens,
         _grad(hidden, weight),
     )
     return loss
@@ -113,8 +113,11 @@ def token_losses(
 
     Parameters are those of `cross_entropy`. Not differentiable.
     """
-    pieces = _pieces(hidden, weight, targets, ignore_index, _piece(piece_tokens, weight), _operand_dtype(hidden))
-    return torch.cat([piece.losses for piece in pieces]).view(targets.shape)
+    losses = [
+        F.cross_entropy(_product(rows, operand.T), its_targets.long(), reduction="none", ignore_index=ignore_index)
+        for rows, operand, its_targets in _pieces(hidden, weight, targets, piece_tokens)
+    ]
+    return torch.cat(losses).view(targets.shape)
 
 
 class _Piece:
@@ -137,20 +140,17 @@ class _Piece:
 
 
 def _pieces(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    piece_tokens: int,
-    dtype: torch.dtype,
-) -> Iterator[_Piece]:
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, piece_tokens: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield pieces of hidden states, the weight, both as operands of a product, and the targets of each piece."""
     if targets.shape != hidden.shape[:-1]:
         raise ShapeError(f"targets must be shaped {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
-    weight = weight.to(dtype)
-    rows = hidden.reshape(-1, hidden.shape[-1]).split(piece_tokens)
+    dtype, count = _operand_dtype(hidden), _piece(piece_tokens, weight)
+    operand = weight.to(dtype)
+    rows = hidden.reshape(-1, hidden.shape[-1]).split(count)
     with torch.autocast(hidden.device.type, enabled=False):
-        for piece, piece_targets in zip(rows, targets.reshape(-1).split(piece_tokens), strict=True):
-            yield _Piece(piece.to(dtype), weight, piece_targets, ignore_index)
+        for piece, piece_targets in zip(rows, targets.reshape(-1).split(count), strict=True):
+            yield piece.to(dtype), operand, piece_targets
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -161,22 +161,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         ignore_index: int,
-        piece_tokens: int,
-        dtype: torch.dtype,
+        piece_tokens: int | None,
         needs_grad: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad else None
         start = 0
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
-        weight_operand = weight.to(dtype)
-        for piece in _pieces(hidden, weight_operand, targets, ignore_index, piece_tokens, dtype):
+        for its_hidden, operand, its_targets in _pieces(hidden, weight, targets, piece_tokens):
+            piece = _Piece(its_hidden, operand, its_targets, ignore_index)
             total += piece.losses.sum(dtype=torch.float64)
             if weight_grad is not None and hidden_grad is not None:
-                grad = piece.logits_gradient().to(dtype)
+                grad = piece.logits_gradient().to(operand.dtype)
                 rows = slice(start, start + len(grad))
-                hidden_grad.view(-1, hidden.shape[-1])[rows] = _product(grad, weight_operand)
+                hidden_grad.view(-1, hidden.shape[-1])[rows] = _product(grad, operand)
                 weight_grad += _product(grad.T, piece.hidden)
                 start = rows.stop
         if weight_grad is not None and hidden_grad is not None:
@@ -187,7 +186,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grads[0], weight_grad * grads[0], None, None, None, None, None
+        return hidden_grad * grads[0], weight_grad * grads[0], None, None, None, None
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ __all__ = [
     "PartitionError",
     "PatternError",
     "ShapeError",
+    "StoppedError",
 ]
 
 
@@ -51,3 +52,7 @@ class CheckpointError(LongNetError):
 
 class LaunchError(LongNetError):
     """A launcher and an MPI library that do not fit together."""
+
+
+class StoppedError(LongNetError):
+    """No mistake: a job that was to stop has kept what it did, and can be gone on with."""

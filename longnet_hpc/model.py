@@ -113,6 +113,14 @@ class Block(nn.Module):
         return position_dropout(x, self.config.dropout, seed=seed, site=site, start=plan.start)
 
 
+class _OutputNorm(nn.LayerNorm):
+    """The last norm; it may give the dtype of the product that follows, in the same pass."""
+
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        normed = super().forward(x)
+        return normed if dtype is None else normed.to(dtype)
+
+
 class LongNet(nn.Module):
     """A causal language model with dilated attention (LongNet, Section 4).
 
@@ -140,7 +148,7 @@ class LongNet(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
-        self.norm = nn.LayerNorm(config.embed_dim)
+        self.norm = _OutputNorm(config.embed_dim)
         self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         if config.tie_head:
             self.head.weight = self.embedding.weight
@@ -153,7 +161,7 @@ class LongNet(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Let `torch.compile` make the graph of a block, one for all of them, when it is first called.
+        """Let `torch.compile` make the graph of a block, one for all, and of the last norm, when they are first called.
 
         Each shape, plan and way to checkpoint has its own graph.
 
@@ -172,6 +180,7 @@ class LongNet(nn.Module):
         logging.getLogger("torch._higher_order_ops.wrap").addFilter(_tells_us_something)
         for block in self.blocks:
             block.compile(backend=backend, fullgraph=True, dynamic=False)
+        self.norm.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def flop(self, batch: int, seq_len: int, *, training: bool) -> int:
         """Count the arithmetic of matrix products, ``2 m n k`` each, attention as `Pattern.flop` counts it.
@@ -262,7 +271,9 @@ class LongNet(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if autocast else self.embedding.weight.dtype
 
-    def _hidden(self, tokens: torch.Tensor, plan: Plan, dropout_seed: int) -> torch.Tensor:
+    def _hidden(
+        self, tokens: torch.Tensor, plan: Plan, dropout_seed: int, *, for_product: bool = False
+    ) -> torch.Tensor:
         config = self.config
         computed_in, device = self._computed_in(tokens.device), tokens.device
         scale = math.sqrt(config.embed_dim)
@@ -284,12 +295,15 @@ class LongNet(nn.Module):
             recomputed = "all but attention" if self.keep_attention else "all"
         for index, block in enumerate(self.blocks):
             x = block(x, plan.of_layer(index), rotation, dropout_seed, recomputed)
-        normed: torch.Tensor = self.norm(x)
+        normed: torch.Tensor = self.norm(x, computed_in if for_product and self.half_residual else None)
         return normed
 
     def forward(self, tokens: torch.Tensor, plan: Plan | None = None, *, dropout_seed: int = 0) -> torch.Tensor:
         """Return logits ``(batch, local_len, vocab_size)``, float32 or float64; arguments as in `hidden`."""
-        hidden = self.hidden(tokens, plan, dropout_seed=dropout_seed)
+        return self.logits(self.hidden(tokens, plan, dropout_seed=dropout_seed))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits ``(..., vocab_size)``, float32 or float64, of what `hidden` returns or a part of it."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(wide), self.head.weight.to(wide))
@@ -302,7 +316,8 @@ class LongNet(nn.Module):
         ``targets`` is shaped as ``tokens``; -100 is left out, and any other value outside the vocabulary is a
         ShapeError on all ranks.
         """
-        hidden = self._hidden(tokens, self._agreed_plan(plan, tokens, targets, dropout_seed), dropout_seed)
+        plan = self._agreed_plan(plan, tokens, targets, dropout_seed)
+        hidden = self._hidden(tokens, plan, dropout_seed, for_product=True)
         return cross_entropy(hidden, self.head.weight, targets)
 
     @torch.no_grad()
@@ -313,7 +328,8 @@ class LongNet(nn.Module):
 
         Without a gradient. Dropout is off only in evaluation, as everywhere.
         """
-        hidden = self._hidden(tokens, self._agreed_plan(plan, tokens, targets, dropout_seed), dropout_seed)
+        plan = self._agreed_plan(plan, tokens, targets, dropout_seed)
+        hidden = self._hidden(tokens, plan, dropout_seed, for_product=True)
         return token_losses(hidden, self.head.weight, targets)
 
 

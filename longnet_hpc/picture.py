@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ from longnet_hpc.files import replace_file
 __all__ = ["draw_context_curve", "draw_loss_curve"]
 
 _BLUE, _PALE, _GREY = "#1f5fa8", "#a9c6e8", "#666666"
+_OVER = {"context": "context available (tokens)", "position": "position in the sequence (tokens)"}
 _NATS_TO_BITS = 1 / np.log(2)
 
 
@@ -46,20 +47,25 @@ def draw_loss_curve(metrics: Sequence[Mapping[str, Any]], title: str, path: Path
     _save(axes, path)
 
 
-def draw_context_curve(bins: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw the mean loss over the number of tokens of context, as PNG.
+def draw_context_curve(
+    bins: Sequence[Mapping[str, Any]], title: str, path: Path, *, what: Literal["context", "position"] = "context"
+) -> None:
+    """Draw the mean loss over the number of tokens of context, or over the position in the sequence, as PNG.
 
     Parameters
     ----------
     bins : sequence of mapping
-        Bins with ``first_context`` and ``last_context`` (tokens), ``loss`` and its ``standard_error`` (nats a token).
+        Bins with ``first_context`` and ``last_context`` (tokens; or of position), ``loss`` and its ``standard_error``
+        (nats a token).
     title : str
         What was measured.
     path : Path
         File to make or replace.
+    what : str
+        Which of both.
     """
-    axes = _axes(title, "context available (tokens)", "loss (nats per token)")
-    middles = [float(np.sqrt(line["first_context"] * line["last_context"])) for line in bins]
+    axes = _axes(title, _OVER[what], "loss (nats per token)")
+    middles = [float(np.sqrt(line[f"first_{what}"] * line[f"last_{what}"])) for line in bins]
     losses = [line["loss"] for line in bins]
     errors = [line["standard_error"] for line in bins]
     axes.errorbar(

@@ -5,6 +5,7 @@ Parsing needs neither torch nor MPI, so the help comes at once; the rooms are en
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -13,8 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longnet_hpc.command_line import parse
-from longnet_hpc.config import EvalConfig, PrepareConfig, TrainConfig
-from longnet_hpc.errors import ConfigError, LongNetError
+from longnet_hpc.config import ComputeConfig, EvalConfig, GenerateConfig, PrepareConfig, TrainConfig
+from longnet_hpc.errors import ConfigError, LongNetError, StoppedError
 from longnet_hpc.launcher import environment_rank, environment_size
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_STOPPED = 75
+"""Exit code of a job that has kept what it did and is to be called again: EX_TEMPFAIL of BSD's sysexits."""
 _MEETING_SECONDS = 5.0
 """How long a rank with an error waits for the others to have it too."""
 
@@ -41,8 +44,9 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0, or 2 after an error that the user can mend, which is told in one line on rank 0. Any other
-        exception passes through; on several ranks it then ends all of them.
+        Exit code: 0; 75 from a job that stopped early, as it was to, and can be gone on with; or 2 after an error that
+        the user can mend, which is told in one line on rank 0. Any other exception passes through; on several ranks it
+        then ends all of them.
     """
     mistake: LongNetError | None = None
     command, config = "", None
@@ -58,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from longnet_hpc.comm.meeting import Meeting
 
     try:
-        if isinstance(config, (TrainConfig, EvalConfig)):
+        if isinstance(config, ComputeConfig):
             launch = start(device=config.device, transport=config.transport)
         else:
             launch = start(device="cpu")
@@ -72,6 +76,10 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         agree(launch.comm, mistake)
         _COMMANDS[command](config, launch)
+    except StoppedError as stopped:
+        if launch.rank == 0:
+            _say(("stopped", str(stopped)))
+        return _STOPPED
     except (LongNetError, OSError) as error:
         return _end_together(error, launch, meeting)
     return 0
@@ -143,10 +151,32 @@ def _evaluate(config: EvalConfig, launch: Launch, checkpoint: Path) -> None:
             ("evaluated", f"{results['tokens']:,} tokens of {corpus}{seen}"),
             ("loss", f"{results['loss']:.4f} nats a token, perplexity {results['perplexity']:.3f}"),
             ("bits a byte", f"{results['bits_per_byte']:.4f}"),
+            ("speed", f"{results['tokens_per_second']:,.0f} tokens/s, {results['seconds']:,.0f} s in all"),
         )
     write_evaluation(evaluation, launch)
     if launch.rank == 0:
         _say(("results", f"{evaluation.folder}{os.sep}: loss_by_context.png, result.json, config.toml"))
+
+
+def _generate(config: GenerateConfig, launch: Launch) -> None:
+    from longnet_hpc.generate import write_text
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know all characters
+    try:
+        made = write_text(config, launch, write)
+    except BrokenPipeError:  # the reader of the text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    speed = f", {made.tokens_per_second:,.1f} tokens/s" if made.later_tokens else ""
+    print(
+        f"{made.new_tokens:,} new tokens{speed}; prefill of {made.prompt_tokens:,} in {made.prefill_seconds:.3f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _main_job(config: TrainConfig, launch: Launch) -> None:
@@ -172,6 +202,7 @@ _COMMANDS: dict[str, Callable[[Any, Launch], object]] = {
     "prepare": _prepare,
     "train": _train,
     "eval": _eval,
+    "generate": _generate,
 }
 
 if __name__ == "__main__":

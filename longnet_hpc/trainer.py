@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class Trainer:
         self.model.activation_checkpointing = config.activation_checkpointing
         self.model.keep_attention = config.keep_attention
         self.model.half_residual = config.half_residual
-        self.compiled = _compiles(config, self.compute.device)
+        self.compiled = self.compute.compiles
         if self.compiled:
             self.model.compile_blocks()
         self.optimizer = Optimizer(self.model, config.optimizer)
@@ -180,9 +179,3 @@ class Trainer:
     def close(self) -> None:
         """End the reader's background thread."""
         self.reader.close()
-
-
-def _compiles(config: TrainConfig, device: torch.device) -> bool:
-    if config.compile == "auto":
-        return device.type == "cuda" and config.model.dropout == 0.0 and find_spec("triton") is not None
-    return config.compile == "on"

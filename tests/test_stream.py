@@ -13,11 +13,11 @@ from longnet_hpc.stream import SequenceStream
 from longnet_hpc.sweep import GradientSweep
 
 
-def model_of(case, dtype):
+def model_of(case, dtype, **changes):
     torch.manual_seed(case.seed)
     config = LongNetConfig(
         vocab_size=17, layers=2, embed_dim=case.heads * 4, heads=case.heads, kv_heads=case.kv_heads,
-        segment_lengths=case.segment_lengths, dilation_rates=case.dilation_rates,
+        segment_lengths=case.segment_lengths, dilation_rates=case.dilation_rates, **changes,
     )  # fmt: skip
     return LongNet(config).to(dtype)
 

@@ -54,7 +54,7 @@ class GradientCollector(TakesGradients, Protocol):
 
 def softmax_sum(q: torch.Tensor) -> SoftmaxCollector:
     """Return what merges branches best where ``q`` lies."""
-    if _in_one_pass(q.device.type, q.dtype):
+    if _in_one_pass(q.device.type, q.dtype) and not _captured():
         from longnet_hpc.attention.parts import SoftmaxParts
 
         return SoftmaxParts(q)
@@ -63,7 +63,7 @@ def softmax_sum(q: torch.Tensor) -> SoftmaxCollector:
 
 def gradient_sum(x: torch.Tensor) -> GradientCollector:
     """Return what sums gradients best where ``x`` lies."""
-    if _in_one_pass(x.device.type, x.dtype):
+    if _in_one_pass(x.device.type, x.dtype) and not _captured():
         from longnet_hpc.attention.parts import GradientParts
 
         return GradientParts(x)
@@ -78,6 +78,11 @@ def _in_one_pass(device_type: str, dtype: torch.dtype) -> bool:
     if not there:
         logging.getLogger("longnet_hpc").info("sums over branches are made branch by branch: triton is not installed")
     return there
+
+
+def _captured() -> bool:
+    """Return whether a CUDA graph is being made, in which no table of addresses can be sent to the GPU."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

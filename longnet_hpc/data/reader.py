@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from longnet_hpc.data.corpus import Corpus
 from longnet_hpc.errors import ConfigError, CorpusError, PartitionError
 
-__all__ = ["Permutation", "SequenceReader", "sequence_count"]
+__all__ = ["Permutation", "SequenceReader", "as_tensor", "sequence_count"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -215,6 +215,10 @@ class SequenceReader:
         return [order[position] for position in positions]
 
     def _load(self, batch_index: int) -> Batch:
-        window = self.window(batch_index)
-        tokens = torch.from_numpy(window.astype(_COMPUTED_AS.get(window.itemsize, window.dtype), copy=False))
+        tokens = as_tensor(self.window(batch_index))
         return tokens[:, :-1], tokens[:, 1:]
+
+
+def as_tensor(tokens: NDArray[Any]) -> torch.Tensor:
+    """Return tokens as stored in the narrowest dtype that torch computes with."""
+    return torch.from_numpy(tokens.astype(_COMPUTED_AS.get(tokens.itemsize, tokens.dtype), copy=False))
