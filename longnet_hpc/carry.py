@@ -169,7 +169,7 @@ class Carry:
         """Add the gradients of `attend` onto those of the queries and those that are carried (adjoint)."""
         for index, pairs in crossing.seen:
             k, v = self._keys_and_values(index)
-            sums = self._gradients(index)
+            sums = self.sums_of(index)
             attend_backward(*(backend, q, k, v, pairs, output, dq, *sums), causal=False, scale=scale, progress=progress)
 
     def keep(self, k: torch.Tensor, v: torch.Tensor, crossing: Crossing, heads: int) -> None:
@@ -226,17 +226,17 @@ class Carry:
         """
         if not crossing.left_open:
             return lambda dk, dv: None
-        some = self._gradients(crossing.left_open[0])[0].total
+        some = self.sums_of(crossing.left_open[0])[0].total
         batch, head_dim = some.shape[0], some.shape[3]
         own = some.new_empty(crossing.rows_of(crossing.rank), 2, batch, head_dim)
         others = some.new_empty(sum(map(crossing.rows_of, crossing.others)), 2, batch, head_dim)
         for ranks, its_rows in (([crossing.rank], own), (crossing.others, others)):
             for index, _, place, block in _blocks(crossing, ranks, its_rows):
-                for part, gradient in enumerate(self._gradients(index)):
+                for part, gradient in enumerate(self.sums_of(index)):
                     block[:, :, part].copy_(_by_rows(gradient.total, place))
         for index in crossing.left_open:
             if not crossing.chunk.is_inside(self._pattern.branches[index]):
-                for gradient in self._gradients(index):
+                for gradient in self.sums_of(index):
                     gradient.total.zero_()
         gather = flight = None
         if self._comm is not None:
@@ -258,7 +258,8 @@ class Carry:
         rows = self.rows[index]
         return rows[:, 0].transpose(0, 1), rows[:, 1].transpose(0, 1)
 
-    def _gradients(self, index: int) -> tuple[GradientSum, GradientSum]:
+    def sums_of(self, index: int) -> tuple[GradientSum, GradientSum]:
+        """Return the gradients of the keys and of the values kept of a branch, so far."""
         if index not in self.gradients:
             k, v = self._keys_and_values(index)
             self.gradients[index] = GradientSum(k), GradientSum(v)

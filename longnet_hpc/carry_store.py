@@ -103,6 +103,10 @@ class RowStore:
                     carry.rows[index][: len(rows)].copy_(rows)
                 self._held[index] = segment
 
+    def load(self, path: Path) -> None:
+        """Take up what `save` wrote."""
+        self._place.load(path)
+
     def save(self, path: Path) -> None:
         """Make sure that everything is in a file, with which a new store can go on: ``path``, or the scratch file."""
         for writing in self._writing:
@@ -145,6 +149,8 @@ class _Place(Protocol):
 
     def read(self, key: _Key, its: slice) -> torch.Tensor: ...
 
+    def load(self, path: Path) -> None: ...
+
     def save(self, path: Path) -> None: ...
 
     def close(self) -> None: ...
@@ -166,7 +172,13 @@ class _Memory:
     def read(self, key: _Key, its: slice) -> torch.Tensor:
         return self._rows[key][its]
 
+    def load(self, path: Path) -> None:
+        file = _File(path, "r")
+        self._rows = {key: file.read(key, slice(None)) for key in file.keys}
+        file.close()
+
     def save(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
         file = _File(path)
         for key, rows in self._rows.items():
             file.write(key, len(rows), 0, rows)
@@ -177,8 +189,8 @@ class _Memory:
 
 
 class _File:
-    def __init__(self, path: Path) -> None:
-        self._file = h5py.File(path, "a")
+    def __init__(self, path: Path, mode: str = "a") -> None:
+        self._file = h5py.File(path, mode)
 
     @property
     def num_bytes(self) -> int:
@@ -197,6 +209,14 @@ class _File:
         rows = torch.from_numpy(dataset[its]).view(getattr(torch, dataset.attrs["dtype"]))
         shaped: torch.Tensor = rows.unflatten(1, tuple(dataset.attrs["shape"].tolist()))
         return shaped
+
+    @property
+    def keys(self) -> list[_Key]:
+        layers_and_branches = (name.split("-") for name in self._file)
+        return [(int(layer), int(index)) for layer, index in layers_and_branches]
+
+    def load(self, path: Path) -> None:
+        """Nothing to do: the file is the one that was left."""
 
     def save(self, path: Path) -> None:
         self._file.flush()

@@ -231,6 +231,14 @@ class TrainConfig(ComputeConfig):
     """Chooses the initial weights, the order of the sequences, and dropout; 0 to below 2**63."""
     shuffle: bool = True
     """Take the sequences in random order, anew in each epoch."""
+    stream: bool = False
+    """Compute every sequence chunk by chunk, forward and then in reverse: memory does not grow with its length."""
+    chunk_len: int | None = None
+    """Length of a chunk of a stream over all ranks, in tokens. None means as long as memory allows."""
+    stop_after: float | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """Time after which a stream is left within its step, with all kept that resume needs, in seconds."""
+    start_from: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """Checkpoint, or folder of a run, whose weights a new run starts from."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     keep_attention: bool = True
@@ -244,6 +252,11 @@ class TrainConfig(ComputeConfig):
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
+        _at_least(self, 1, "chunk_len")
+        if self.stream and (self.batch_size != 1 or self.accumulation != 1):
+            raise ConfigError("a step of a stream is one sequence: batch_size and accumulation must be 1")
+        if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
+            raise ConfigError("chunk_len and stop_after belong to a stream: give --stream, too")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
         if self.compile == "on" and self.model.dropout > 0.0:

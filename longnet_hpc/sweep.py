@@ -49,8 +49,6 @@ class GradientSweep:
         Where rows wait for the backward sweep.
     bounds : sequence of int
         Where the sequence is cut into chunks, its ends included.
-    read : callable
-        Gives tokens and targets of a slice.
     rank, size : int
         Of the ranks that share each chunk.
     autocast : callable, optional
@@ -60,8 +58,10 @@ class GradientSweep:
 
     Attributes
     ----------
+    order : list of range
+        The chunks in the order in which they are done: forward but for the last, and all in reverse.
     done : int
-        Chunks done, of twice as many less one: forward first, then backward.
+        How many of these are done.
     loss : torch.Tensor
         Summed loss of this rank's tokens so far, in nats, float64; complete with the last chunk.
     """
@@ -72,15 +72,15 @@ class GradientSweep:
         stream: SequenceStream,
         store: RowStore,
         bounds: Sequence[int],
-        read: Read,
         *,
         rank: int = 0,
         size: int = 1,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         dropout_seed: int = 0,
     ) -> None:
-        self.model, self.stream, self.store, self.read = model, stream, store, read
-        self.chunks = [range(start, stop) for start, stop in pairwise(bounds)]
+        self.model, self.stream, self.store = model, stream, store
+        chunks = [range(*ends) for ends in pairwise(bounds)]
+        self.order = [*chunks[:-1], *reversed(chunks)]
         self.done = 0
         self.loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
         self._rank, self._size = rank, size
@@ -89,34 +89,39 @@ class GradientSweep:
     @property
     def total(self) -> int:
         """Chunks to do: forward but for the last, and backward."""
-        return 2 * len(self.chunks) - 1
+        return len(self.order)
 
-    def advance(self) -> range:
-        """Do the next chunk of the sweep; return its positions. Collective."""
-        forward = len(self.chunks) - 1
-        if self.done < forward:
-            chunk = self.chunks[self.done]
-            self._forward(chunk)
+    @property
+    def is_forward(self) -> bool:
+        """Whether the next chunk is one of the forward sweep."""
+        return self.done < len(self.order) // 2
+
+    def slices_left(self) -> list[range]:
+        """Return this rank's slices of the chunks to do, in order."""
+        return [slice_of_chunk(chunk, self._rank, self._size) for chunk in self.order[self.done :]]
+
+    def advance(self, read: Read) -> None:
+        """Do the next chunk, with the tokens and targets of this rank's slice as ``read`` gives them. Collective."""
+        if self.is_forward:
+            self._forward(self.order[self.done], read)
         else:
-            chunk = self.chunks[2 * forward - self.done]
-            self._backward(chunk)
+            self._backward(self.order[self.done], read)
         self.done += 1
-        return chunk
 
-    def _forward(self, chunk: range) -> None:
+    def _forward(self, chunk: range, read: Read) -> None:
         its = slice_of_chunk(chunk, self._rank, self._size)
-        tokens, _ = self.read(its)
+        tokens, _ = read(its)
         with torch.no_grad(), self.stream.next_chunk(len(its)) as plan, self._autocast():
             self.model.hidden(tokens, plan, dropout_seed=self._dropout_seed)
         self.stream.settle()
         self.store.keep(self.stream.carries, plan.chunk)
 
-    def _backward(self, chunk: range) -> None:
+    def _backward(self, chunk: range, read: Read) -> None:
         its = slice_of_chunk(chunk, self._rank, self._size)
-        tokens, targets = self.read(its)
+        tokens, targets = read(its)
         with self.stream.chunk_again(chunk.start, len(its), self.store) as plan:
             if chunk.start:
-                before = next(other for other in self.chunks if other.stop == chunk.start)
+                before = self.order[self.done + 1]
                 its_partition = Partition((before.start, *[before.stop] * self._size))
                 self.store.fetch(len(self.stream.carries), Chunk(its_partition, self.stream.seq_len))
             with self._autocast():

@@ -28,8 +28,10 @@ from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
 from longnet_hpc.data import Corpus
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.files import naming_errors, replace_file
+from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, read_metrics, where
+from longnet_hpc.train_stream import StreamTrainer
 from longnet_hpc.trainer import Trainer
 
 __all__ = ["METRICS_NAME", "PICTURE_NAME", "RECORD_NAME", "RUNS", "TrainResult", "train"]
@@ -100,6 +102,8 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
                 lines = _open_folder(folder, config, trainer.steps_done)
         _announce(trainer, corpus_path, folder)
         begin = time.perf_counter()
+        if isinstance(trainer, StreamTrainer):
+            trainer.open(folder)
         new_lines = _steps(trainer, folder)
         seconds = time.perf_counter() - begin
         result = _result(trainer, folder, new_lines, seconds)
@@ -124,7 +128,10 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
                 raise ConfigError(f"folder {folder} exists; go on with --resume {folder}, or choose another --folder")
             checkpoint = _checkpoint_to_resume(folder) if config.resume else None
             corpus = Corpus(corpus_path)
-            trainer = Trainer(config, launch, corpus, checkpoint)
+            kind = StreamTrainer if config.stream else Trainer
+            trainer = kind(config, launch, corpus, checkpoint)
+            if config.start_from is not None and config.resume is None:
+                load_weights(trainer.model, load_checkpoint(find_checkpoint(config.start_from)).tensors)
             trainer.check_steps()
             trainer.check_data()
             facts.update(trainer.facts())

@@ -71,10 +71,12 @@ class Trainer:
             checkpoint.check_fits(config.model, self.order)
             self.optimizer.load_state(checkpoint.tensors, checkpoint.step)
             self.steps_done = checkpoint.step
+        self.corpus = corpus
         self.reader = SequenceReader(
             corpus,
             slice_of=self.compute.slice_of,
             start_batch=checkpoint.batch_index if checkpoint else 0,
+            prefetch=not config.stream,  # which reads chunks, not sequences
             **reading,
         )
 
@@ -112,11 +114,21 @@ class Trainer:
         ConfigError
             If loss or gradient are not finite; nothing is then updated.
         """
-        config, comm = self.config, self.launch.comm
         begin = time.perf_counter()
+        loss, received = self.accumulate()
+        return self.update(loss, received, time.perf_counter() - begin)
+
+    def accumulate(self) -> tuple[torch.Tensor, int]:
+        """Add up the gradient of one step in the parameters, of the mean loss as far as it is this rank's. Collective.
+
+        Returns
+        -------
+        loss, received : torch.Tensor, int
+            Summed loss of this rank in nats, and the bytes that it received.
+        """
+        config, comm = self.config, self.launch.comm
         plan = self.compute.plan()
         received_before = plan.bytes_received
-        tokens = config.seq_len * config.batch_size * config.accumulation
         loss = torch.zeros((), dtype=torch.float64, device=self.compute.device)
         for _ in range(config.accumulation):
             dropout_seed = config.seed + self.reader.batch_index
@@ -124,8 +136,32 @@ class Trainer:
                 inputs, targets = (part.to(self.compute.device) for part in next(self.reader))
             with self.compute.autocast():
                 summed = self.model.loss(inputs, targets, plan, dropout_seed=dropout_seed)
-            (summed / tokens).backward()
+            (summed / self.tokens).backward()
             loss += summed.detach()
+        return loss, plan.bytes_received - received_before
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, of all ranks."""
+        return self.config.seq_len * self.config.batch_size * self.config.accumulation
+
+    def update(self, loss: torch.Tensor, received: int, seconds: float) -> dict[str, Any]:
+        """Update the weights by the gradient of all ranks, and return the line of the step. Collective.
+
+        Parameters
+        ----------
+        loss, received
+            As from `accumulate`.
+        seconds : float
+            What that took.
+
+        Raises
+        ------
+        ConfigError
+            If loss or gradient are not finite; nothing is then updated.
+        """
+        config, comm, tokens = self.config, self.launch.comm, self.tokens
+        begin = time.perf_counter()
         global_loss = float(all_reduce_sum(comm, loss)) / tokens
         gradient = all_reduce_sum(comm, self.optimizer.flat_gradient())
         rate = learning_rate(self.steps_done, config.steps, config.optimizer)
@@ -136,10 +172,8 @@ class Trainer:
                 f"lower optimizer.learning_rate ({config.optimizer.learning_rate})"
             )
         self.steps_done += 1
-        seconds = time.perf_counter() - begin
-        answers = allgather_objects(
-            comm, (plan.bytes_received - received_before, self.compute.peak_memory_bytes(), seconds)
-        )
+        seconds += time.perf_counter() - begin
+        answers = allgather_objects(comm, (received, self.compute.peak_memory_bytes(), seconds))
         received, memory, slowest = (max(values) for values in zip(*answers, strict=True))
         return {
             "step": self.steps_done,

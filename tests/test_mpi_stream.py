@@ -16,12 +16,11 @@ def check_swept(comm, model, x, y, bounds, tolerance):
     stream = stream_of(model, x.shape[1], comm)
     sweep = GradientSweep(
         *(model, stream, RowStore(model.config.pattern, x.shape[1]), bounds),
-        lambda its: (x[:, its.start : its.stop], y[:, its.start : its.stop]),
         rank=comm.rank,
         size=comm.size,
     )
     while sweep.done < sweep.total:
-        sweep.advance()
+        sweep.advance(lambda its: (x[:, its.start : its.stop], y[:, its.start : its.stop]))
     loss, expected = whole(model, x, y)
     scale = max(float(gradient.abs().max()) for gradient in expected)
     pairs = [(all_reduce_sum(comm, sweep.loss) / y.numel(), loss.double())]

@@ -38,11 +38,10 @@ def swept(model, x, y, bounds, store=None, **options):
     model.zero_grad()
     sweep = GradientSweep(
         *(model, stream_of(model, seq_len), store or RowStore(model.config.pattern, seq_len), bounds),
-        lambda its: (x[:, its.start : its.stop], y[:, its.start : its.stop]),
         **options,
     )
     while sweep.done < sweep.total:
-        sweep.advance()
+        sweep.advance(lambda its: (x[:, its.start : its.stop], y[:, its.start : its.stop]))
     return sweep.loss / y.numel(), [parameter.grad for parameter in model.parameters()]
 
 

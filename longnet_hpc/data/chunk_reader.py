@@ -27,6 +27,8 @@ class ChunkReader:
         The slices in the order in which they will be asked for, in tokens; some may be empty.
     device : torch.device
         Where they go.
+    first : int
+        Position in the corpus of the first token of the sequence.
 
     Attributes
     ----------
@@ -34,11 +36,12 @@ class ChunkReader:
         Seconds that were spent waiting for tokens.
     """
 
-    def __init__(self, corpus: Corpus, slices: Sequence[range], device: torch.device) -> None:
+    def __init__(self, corpus: Corpus, slices: Sequence[range], device: torch.device, first: int = 0) -> None:
         self.seconds_stalled = 0.0
         self._corpus = corpus
         self._slices = list(slices)
         self._device = device
+        self._first = first
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="chunk-reader")
         self._next = 0
         self._pending: Future[torch.Tensor] | None = None
@@ -81,5 +84,5 @@ class ChunkReader:
         """Read a slice and one token more, for the last target."""
         if not its:
             return torch.zeros(1, dtype=torch.uint8)
-        window = as_tensor(self._corpus.read(its.start, its.stop + 1))
+        window = as_tensor(self._corpus.read(self._first + its.start, self._first + its.stop + 1))
         return window.pin_memory() if self._device.type == "cuda" else window

@@ -182,7 +182,7 @@ class SequenceReader:
             Shape ``(batch_size, len(slice_of) + 1)``, of the corpus's type. For an empty slice nothing is read and it
             holds zeros.
         """
-        starts = [sequence * self._seq_len + self._slice.start for sequence in self._sequences(batch_index)]
+        starts = [sequence * self._seq_len + self._slice.start for sequence in self.sequences(batch_index)]
         window = np.zeros((self._batch_size, len(self._slice) + 1), dtype=self._corpus.dtype)
         for row, start in zip(window, starts, strict=True):
             if self._slice:
@@ -206,7 +206,8 @@ class SequenceReader:
         if self._worker is not None:
             self._pending = self._worker.submit(self._load, self.batch_index)
 
-    def _sequences(self, batch_index: int) -> list[int]:
+    def sequences(self, batch_index: int) -> list[int]:
+        """Return the numbers of the sequences of a batch, counted over all epochs."""
         epoch, batch = divmod(batch_index, self.batches_per_epoch)
         positions = range(batch * self._batch_size, (batch + 1) * self._batch_size)
         if not self._shuffle:

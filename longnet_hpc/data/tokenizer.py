@@ -27,6 +27,11 @@ TEXT_BLOCK_CHARACTERS = 1 << 18
 """Largest piece of text that is tokenized at once; bounds memory."""
 
 
+_UNKNOWN = "\ufffd"
+_MOST_TOKENS_OF_A_CHARACTER = 4
+"""Most tokens that can hold a part of one character each: UTF-8 has up to 4 bytes."""
+
+
 @dataclass(frozen=True)
 class Tokenizer(ABC):
     """What turns text into tokens, as recorded in a corpus file."""
@@ -60,6 +65,13 @@ class Tokenizer(ABC):
             Tokens of type `dtype`, in order. Nothing is added before, between or after documents.
         """
 
+    @abstractmethod
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Iterate over the text of tokens, in pieces of whole characters, each as soon as its last token is there.
+
+        What is no text becomes U+FFFD.
+        """
+
 
 @dataclass(frozen=True)
 class BytesTokenizer(Tokenizer):
@@ -71,6 +83,15 @@ class BytesTokenizer(Tokenizer):
 
     def encode(self, name: str, blocks: Iterable[bytes]) -> Iterator[NDArray[Any]]:  # noqa: D102
         return (np.frombuffer(block, dtype=np.uint8) for block in blocks)
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:  # noqa: D102
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            # A model may know more tokens than there are bytes; 255 is in no UTF-8, so it becomes U+FFFD, too.
+            if text := decoder.decode(bytes([min(token, 255)])):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,28 @@ class JsonTokenizer(Tokenizer):
     def encode(self, name: str, blocks: Iterable[bytes]) -> Iterator[NDArray[Any]]:  # noqa: D102
         for text in _lines_together(_decoded(name, blocks)):
             yield np.array(self._encoder.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:  # noqa: D102
+        # A token's text may depend on the one before (a blank at the start of a word), so each piece is decoded behind
+        # the piece before it, and not from the beginning of the text again.
+        before: list[int] = []
+        pending: list[int] = []
+        for token in tokens:
+            pending.append(token)
+            text = self._text_behind(before, pending)
+            if text.endswith(_UNKNOWN) and len(pending) < _MOST_TOKENS_OF_A_CHARACTER:
+                continue
+            before, pending = pending, []
+            if text:
+                yield text
+        if pending:
+            yield self._text_behind(before, pending)
+
+    def _text_behind(self, before: list[int], tokens: list[int]) -> str:
+        def decoded(ids: list[int]) -> str:
+            return str(self._encoder.decode(ids, skip_special_tokens=False))
+
+        return decoded(before + tokens)[len(decoded(before)) :]
 
 
 def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
