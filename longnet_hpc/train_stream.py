@@ -55,7 +55,7 @@ class StreamTrainer(Trainer):
         self.in_file = self.rows_bytes > _MEMORY_SHARE * free
         if self.launch.rank == 0:
             logging.getLogger("longnet_hpc").info(
-                "a step walks through %s tokens in %s chunks of %s, there and back; rows that wait for the way back take "
+                "a step walks through %s tokens in %s chunks of %s, there and back; what waits for the way back takes "
                 "%s GB a rank, in %s",
                 f"{config.seq_len:,}",
                 f"{len(chunk_bounds(config.seq_len, self.chunk_len)) - 1:,}",
