@@ -26,7 +26,6 @@ BYTES = "bytes"
 TEXT_BLOCK_CHARACTERS = 1 << 18
 """Largest piece of text that is tokenized at once; bounds memory."""
 
-
 _UNKNOWN = "\ufffd"
 _MOST_TOKENS_OF_A_CHARACTER = 4
 """Most tokens that can hold a part of one character each: UTF-8 has up to 4 bytes."""
