@@ -3,8 +3,9 @@
 // A grid ("job") has pieces, heads and up to `rows` rows a head and piece, which lie `rate` tokens apart. Programs are
 // persistent: one warp copies tiles in the order in which GROUPS warpgroups consume them. Each warpgroup owns 64 query
 // rows of a tile and walks the keys that they see from the last block to the first, so that only its first block is
-// masked; where but half of that is seen, the other half is not computed. The products of a block and the softmax of the next run side by side, across tiles, too. With PARTS, grids are dense
-// (`rate` 1), and the softmax of a row starts from the compact results of other grids on which the row lies.
+// masked; with NARROW, where but half of that is seen, the other half is not computed. The products of a block and the
+// softmax of the next run side by side, across tiles, too. With PARTS, grids are dense (`rate` 1), and the softmax of a
+// row starts from the compact results of other grids on which the row lies.
 
 struct Job {
     TensorMap q[2], k[2], v[2], out[2];  // for heads with `rows` rows, and for those with one fewer

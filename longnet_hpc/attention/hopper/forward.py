@@ -83,9 +83,7 @@ def can_merge(parts: Sequence[Rows], dense: Sequence[Rows], head_dim: int) -> bo
         for rows, start, end in zip((*parts, *dense), starts, ends, strict=True)
     )
     held = sum(_held(rows) for rows in parts)
-    return (
-        bool(dense) and len(parts) <= _MAX_PARTS and aligned and _shared_bytes(head_dim, False, held) <= _SHARED_BYTES
-    )
+    return bool(dense) and len(parts) <= _MAX_PARTS and aligned and _shared_bytes(head_dim, held) <= _SHARED_BYTES
 
 
 def _held(rows: Rows) -> int:
@@ -93,14 +91,12 @@ def _held(rows: Rows) -> int:
     return -(-BLOCK_M // rows.rate)
 
 
-def _groups_and_stages(head_dim: int, causal: bool) -> tuple[int, int]:
-    if head_dim == 64:
-        return 3, 3
-    return 2, 2
+def _groups_and_stages(head_dim: int) -> tuple[int, int]:
+    return (3, 3) if head_dim == 64 else (2, 2)
 
 
-def _shared_bytes(head_dim: int, causal: bool, held: int) -> int:
-    groups, stages = _groups_and_stages(head_dim, causal)
+def _shared_bytes(head_dim: int, held: int) -> int:
+    groups, stages = _groups_and_stages(head_dim)
     rows = 2 * groups * BLOCK_M + 2 * stages * BLOCK_N + groups * (held or 8)
     return rows * head_dim * 2 + 1024
 
@@ -119,7 +115,7 @@ def run_forward(
     assert 0 < len(jobs) <= MAX_JOBS
     batch, _, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    groups, stages = _groups_and_stages(head_dim, causal)
+    groups, stages = _groups_and_stages(head_dim)
     packed, tiles = b"", 0
     for job in jobs:
         rows, pieces = job.rows, batch * job.rows.count
@@ -152,7 +148,7 @@ def run_forward(
         **{"HEAD_DIM": head_dim, "GROUPS": groups, "CAUSAL": int(causal), "STAGES": stages, "MAX_JOBS": MAX_JOBS},
         **{"PARTS": len(parts), "PARTS_ROWS": first, "NARROW": int(not parts and (causal or head_dim == 64))},
     }
-    shared_bytes = _shared_bytes(head_dim, causal, first)
+    shared_bytes = _shared_bytes(head_dim, first)
     function = compiled(
         source_of("forward.cu", q.dtype, tuple(settings.items())), "forward", shared_bytes, q.device.index
     )
