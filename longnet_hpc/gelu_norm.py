@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from longnet_hpc.errors import ShapeError
+
 __all__ = ["gelu_norm"]
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -47,7 +49,17 @@ def gelu_norm(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: fl
     -------
     torch.Tensor
         Shaped as ``h``; by the kernels differentiable once.
+
+    Raises
+    ------
+    ShapeError
+        If weight or bias have other features, beyond which the kernels would read.
     """
+    if not h.shape[-1:] == weight.shape == bias.shape:
+        raise ShapeError(
+            f"weight and bias must have the features of h, got h {tuple(h.shape)}, "
+            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}"
+        )
     if not _by_kernels(h):
         return F.layer_norm(F.gelu(h), h.shape[-1:], weight, bias, eps)
     out: torch.Tensor = _forward(h, weight, bias, eps)[0]

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longnet_hpc import LongNet, LongNetConfig, gelu_norm
+from longnet_hpc.errors import ShapeError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -80,6 +81,12 @@ def test_strided_tensors_and_more_dims_are_taken(by_kernels):
     tensors = h.view(3, 4, 40).transpose(0, 1), weight, bias, dout.view(3, 4, 40).transpose(0, 1)
     expected = with_gradients(plain, *(each.double() for each in tensors))
     assert_near(with_gradients(ours, *tensors), expected)
+
+
+@pytest.mark.parametrize("lengths", [(4, 8), (8, 4), (1, 8)])
+def test_weight_and_bias_of_other_features_are_refused(by_kernels, lengths):
+    with pytest.raises(ShapeError, match="features of h"):
+        ours(torch.zeros(2, 8, device=DEVICE), *(torch.zeros(n, device=DEVICE) for n in lengths))
 
 
 def test_autocast_leaves_result_in_the_dtype_of_activations(by_kernels):
