@@ -120,7 +120,8 @@ def _shares(h: torch.Tensor, warps_per_multiprocessor: int) -> tuple[int, int, d
     programs = min(rows, multiprocessors * warps_per_multiprocessor // warps)
     stages = 1 + min(2, _AHEAD_BYTES // (features * h.element_size()))
     return rows, programs, {
-        "FEATURES": features, "FIRST": first, "SECOND": second, "STAGES": stages, "num_warps": warps,
+        "FEATURES": features, "FIRST": first, "SECOND": second, "STAGES": stages,
+        "PRECISE": h.dtype == torch.float32, "num_warps": warps,
     }  # fmt: skip
 
 

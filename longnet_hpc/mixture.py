@@ -12,7 +12,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 
+from longnet_hpc import __version__
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.attention.backend import Joined, Output
 from longnet_hpc.attention.branch import attend, attend_backward, attend_pieces, attend_pieces_backward
@@ -219,7 +221,8 @@ def refuse(ctx: Any, *grads: torch.Tensor) -> None:
 # `torch.library.custom_op` says this in one line, but its checks of each call take as long as a small kernel.
 def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Make a function an operator of torch's library; ``fake`` tells the shapes of its results."""
-    torch.library.define(f"longnet_hpc::{name}", torch.library.infer_schema(function, mutates_args=()))
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(f"longnet_hpc::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"longnet_hpc::{name}", "CompositeExplicitAutograd", function)
     torch.library.register_fake(f"longnet_hpc::{name}", fake)
 
@@ -235,8 +238,13 @@ _handles = count()
 
 
 def handle_of(plan: SequencePlan) -> int:
-    """Return a number for a new plan: operators take numbers and tensors, so that graphs can hold them."""
-    handle = next(_handles)
+    """Return a number for a new plan: operators take numbers and tensors, so that graphs can hold them.
+
+    Caches on disk know a graph by what is in it, and the shapes that an operator returns follow from the plan. So plans
+    of other content get other numbers in other processes, too.
+    """
+    content = repr((__version__, plan.pattern, plan.partition, plan.rank)).encode()
+    handle = (xxhash.xxh3_64_intdigest(content) >> 24 << 20) + next(_handles)
     _plans[handle] = plan
     return handle
 

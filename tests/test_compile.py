@@ -151,3 +151,13 @@ def test_log_sum_exp_takes_no_part_in_gradients():
     out, lse = dilated_attention(*inputs, [16], [1], return_lse=True)
     assert out.requires_grad
     assert not lse.requires_grad
+
+
+def test_graphs_of_plans_that_differ_are_not_taken_for_each_other_by_a_cache_on_disk():
+    """A cache knows a graph by its constants; in another process, counting alone would give another plan this number."""
+    plans = [SequencePlan.build(MICRO.pattern, length) for length in (48, 56)]
+    contents = {plan.handle >> 20 for plan in plans}
+    assert len(contents) == 2
+    again = SequencePlan(MICRO.pattern, plans[0].partition, None, "auto")
+    assert again.handle >> 20 == plans[0].handle >> 20
+    assert again.handle != plans[0].handle
