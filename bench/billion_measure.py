@@ -12,6 +12,7 @@ from timing import interleaved_seconds
 
 from longnet_hpc import Pattern
 from longnet_hpc.attention import choose_backend
+from longnet_hpc.stream import SequenceStream
 
 __all__ = ["TOLERANCE", "Tensors", "extrapolated", "measure", "pattern_of", "repeats_of", "run_streamed"]
 
@@ -100,10 +101,12 @@ def run_streamed(pattern, seq_len, tensors, options, receive=None):
     receive : callable, optional
         Takes the position of the first token of each chunk, and its output, `(1, tokens, heads, head_dim)`.
     """
-    raise SystemExit(
-        f"error: {seq_len:,} tokens do not fit a call, and streaming through time does not exist yet: "
-        f"--longest {options.tokens_per_call} goes as far as it can"
-    )
+    stream = SequenceStream(pattern, seq_len, layers=1, backend=options.backend, device=options.device)
+    for number in range(seq_len // options.tokens_per_call):
+        with stream.next_chunk(options.tokens_per_call) as plan:
+            out = plan.of_layer(0).attention(*tensors.chunk(number), causal=options.causal)
+        if receive:
+            receive(plan.start, out)
 
 
 def measure(seq_len, tensors, options, *, with_dense):

@@ -11,7 +11,6 @@ import torch
 
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.record import check_record, read_records
-from longnet_hpc.stream import SequenceStream
 
 BENCH = Path(__file__).parents[1] / "bench"
 TINY = ["--total-tokens", "16384", "--heads", "3", "--head-dim", "8", "--repeats", "2", "--device", "cpu"]
@@ -99,8 +98,7 @@ def test_one_call_is_multiplied_or_all_of_them_are_timed(bench, monkeypatch, tmp
     assert results["dense", 2048]["seconds"] == 2.0 * 16384 / (2 * 2048)
 
 
-def test_longer_sequences_are_streamed_and_their_rows_checked(bench, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench.measure, "run_streamed", streamed(lambda number: number))
+def test_longer_sequences_are_streamed_and_their_rows_checked(bench, tmp_path):
     path, picture = tmp_path / "billion.jsonl", tmp_path / "billion.png"
     bench.main.main([*STREAMED, "--out", str(path), "--picture", str(picture)])
     results = results_of(path)
@@ -114,24 +112,11 @@ def test_longer_sequences_are_streamed_and_their_rows_checked(bench, monkeypatch
 
 
 def test_chunk_that_is_mistaken_for_another_is_noticed(bench, monkeypatch, capsys):
-    monkeypatch.setattr(bench.measure, "run_streamed", streamed(lambda number: max(0, number - 1)))
+    right = bench.measure.Tensors.chunk
+    monkeypatch.setattr(bench.measure.Tensors, "chunk", lambda tensors, number: right(tensors, max(0, number - 1)))
     with pytest.raises(SystemExit, match="attention was wrong"):
         bench.main.main(STREAMED)
     assert capsys.readouterr().out.count("WRONG") == 2
-
-
-def streamed(which):
-    """Return what runs a sequence in chunks, of which some may be others than they should."""
-
-    def run(pattern, seq_len, tensors, options, receive=None):
-        stream = SequenceStream(pattern, seq_len, layers=1, backend=options.backend, device=options.device)
-        for number in range(seq_len // options.tokens_per_call):
-            with stream.next_chunk(options.tokens_per_call) as plan:
-                out = plan.of_layer(0).attention(*tensors.chunk(which(number)), causal=True)
-            if receive:
-                receive(plan.start, out)
-
-    return run
 
 
 def test_wrong_output_ends_in_an_error(bench, monkeypatch, tmp_path):

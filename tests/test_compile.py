@@ -154,7 +154,7 @@ def test_log_sum_exp_takes_no_part_in_gradients():
 
 
 def test_graphs_of_plans_that_differ_are_not_taken_for_each_other_by_a_cache_on_disk():
-    """A cache knows a graph by its constants; in another process, counting alone would give another plan this number."""
+    """A cache knows a graph by its constants; in another process, by counting alone, another plan had this number."""
     plans = [SequencePlan.build(MICRO.pattern, length) for length in (48, 56)]
     contents = {plan.handle >> 20 for plan in plans}
     assert len(contents) == 2
