@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ import torch
 
 from longnet_hpc.carry import Carry
 from longnet_hpc.chunk import Chunk, kept_rows
+from longnet_hpc.files import replace_file
 from longnet_hpc.pattern import Pattern
 
 __all__ = ["RowStore"]
@@ -58,11 +60,9 @@ class RowStore:
     def keep(self, carries: Sequence[Carry], chunk: Chunk) -> None:
         """Keep the rows that a chunk left, once all layers have computed it and rows of other ranks have arrived.
 
-        Raises
-        ------
-        OSError
-            If the rows of this or an earlier chunk cannot be written, on this rank alone.
+        Those of the chunk before are waited for; `check` says whether they could be written.
         """
+        wait(self._writing)  # so that copies of one chunk, not of many, lie on the device
         rows = []
         for index, branch in enumerate(self._pattern):
             if chunk.is_left_open(branch):
@@ -75,10 +75,13 @@ class RowStore:
                     ((layer, index), number, carry.rows[index][its].clone()) for layer, carry in enumerate(carries)
                 ]
                 self._held[index] = segment
+        self._writing.append(self._worker.submit(self._write, rows, self._now()))
+
+    def check(self) -> None:
+        """Raise OSError if rows could not be written, of all that is done by now; on this rank alone."""
         for writing in [writing for writing in self._writing if writing.done()]:
             self._writing.remove(writing)
             writing.result()
-        self._writing.append(self._worker.submit(self._write, rows, self._now()))
 
     def fetch(self, layers: int, chunk: Chunk) -> None:
         """Start to fetch the rows of ``layers`` layers that `bring_back` will need for a chunk."""
@@ -90,7 +93,14 @@ class RowStore:
                 self._fetched[index] = segment, self._worker.submit(self._read, layers, index, its)
 
     def bring_back(self, carries: Sequence[Carry], chunk: Chunk) -> None:
-        """Make the carries hold the rows that were there before a chunk; chunks come in reverse."""
+        """Make the carries hold the rows that were there before a chunk; chunks come in reverse.
+
+        Raises
+        ------
+        OSError
+            If rows could not be written or cannot be read, on this rank alone.
+        """
+        self._finish_writing()
         self.fetch(len(carries), chunk)
         for index, segment in chunk.open_segments(self._pattern):
             if self._held.get(index) != segment:
@@ -109,15 +119,17 @@ class RowStore:
 
     def save(self, path: Path) -> None:
         """Make sure that everything is in a file, with which a new store can go on: ``path``, or the scratch file."""
-        for writing in self._writing:
-            writing.result()
-        self._writing = []
+        self._finish_writing()
         self._place.save(path)
 
     def close(self) -> None:
         """End the background thread, and close the file."""
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._place.close()
+
+    def _finish_writing(self) -> None:
+        wait(self._writing)
+        self.check()
 
     def _now(self) -> torch.cuda.Event | None:
         return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
@@ -178,11 +190,13 @@ class _Memory:
         file.close()
 
     def save(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-        file = _File(path)
-        for key, rows in self._rows.items():
-            file.write(key, len(rows), 0, rows)
-        file.close()
+        def write(partial: Path) -> None:
+            file = _File(partial, "w")
+            for key, rows in self._rows.items():
+                file.write(key, len(rows), 0, rows)
+            file.close()
+
+        replace_file(path, write)
 
     def close(self) -> None:
         self._rows.clear()
@@ -216,7 +230,11 @@ class _File:
         return [(int(layer), int(index)) for layer, index in layers_and_branches]
 
     def load(self, path: Path) -> None:
-        """Nothing to do: the file is the one that was left."""
+        name = self._file.filename
+        if not path.samefile(name):
+            self._file.close()
+            shutil.copyfile(path, name)
+            self._file = h5py.File(name, "a")
 
     def save(self, path: Path) -> None:
         self._file.flush()

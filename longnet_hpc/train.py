@@ -26,7 +26,7 @@ from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
 from longnet_hpc.data import Corpus
-from longnet_hpc.errors import ConfigError
+from longnet_hpc.errors import ConfigError, StoppedError
 from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
@@ -196,17 +196,28 @@ def _steps(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
     lines = []
     with steps_bar(rank, "train", last, trainer.steps_done) as update:
         while trainer.steps_done < last:
-            line = trainer.step()
+            try:
+                line = trainer.step()
+            except StoppedError:
+                if trainer.steps_done:  # a step that was left is gone on with from the weights at its start
+                    with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
+                        if rank == 0:
+                            _save_checkpoint(trainer, folder)
+                raise
             lines.append(line)
             due = trainer.steps_done % config.save_every == 0 or trainer.steps_done == last
             with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
                 if rank == 0:
                     append_record(folder / METRICS_NAME, line)
                     if due:
-                        save_checkpoint(folder, trainer.checkpoint())
-                        remove_old(folder, config.keep)
+                        _save_checkpoint(trainer, folder)
             update(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
     return lines
+
+
+def _save_checkpoint(trainer: Trainer, folder: Path) -> None:
+    save_checkpoint(folder, trainer.checkpoint())
+    remove_old(folder, trainer.config.keep)
 
 
 def _result(trainer: Trainer, folder: Path, lines: list[dict[str, Any]], seconds: float) -> TrainResult:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from longnet_hpc.carry import Carry
 from longnet_hpc.carry_store import RowStore
 from longnet_hpc.chunk import carried_bytes
-from longnet_hpc.comm import agreed, all_reduce_sum
+from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects
 from longnet_hpc.data.chunk_reader import ChunkReader
 from longnet_hpc.errors import CheckpointError, StoppedError
 from longnet_hpc.files import naming_errors, replace_file
@@ -45,6 +46,7 @@ class StreamTrainer(Trainer):
         """Take the folder of the run, and say what a step will need. Collective."""
         self.folder = folder
         config, model = self.config, self.config.model
+        self.stop = StopRequest(config.stop_after)
         self.chunk_len = config.chunk_len or self.compute.longest_chunk(config.seq_len, training=True)
         self.rows_bytes = carried_bytes(
             model.pattern, self.chunk_len, config.seq_len,
@@ -75,11 +77,11 @@ class StreamTrainer(Trainer):
         comm, compute, rank = self.launch.comm, self.compute, self.launch.rank
         stream = compute.stream(self.config.seq_len)
         rows_path = self.folder / (ROWS_NAME if rank == 0 else f"{ROWS_NAME}.{rank}")
-        if not (self.folder / STATE_NAME).is_file():
-            rows_path.unlink(missing_ok=True)  # of a job that was killed
-        store = RowStore(
-            stream.pattern, stream.seq_len, device=compute.device, scratch=rows_path if self.in_file else None
-        )
+        scratch = rows_path if self.in_file else None
+        with agreed(comm), self._naming_errors():
+            if self.in_file and not self._has_rows():
+                rows_path.unlink(missing_ok=True)  # of a job that was killed, or of another step
+            store = RowStore(stream.pattern, stream.seq_len, device=compute.device, scratch=scratch)
         sweep = GradientSweep(
             *(self.model, stream, store, chunk_bounds(stream.seq_len, self.chunk_len)),
             rank=rank,
@@ -91,7 +93,7 @@ class StreamTrainer(Trainer):
             self._load(sweep)
         (sequence,) = self.reader.sequences(self.reader.batch_index)
         with (
-            StopRequest(self.config.stop_after) as stop,
+            self.stop as stop,
             ChunkReader(self.corpus, sweep.slices_left(), compute.device, sequence * stream.seq_len) as reader,
             steps_bar(rank, f"step {self.steps_done + 1}", sweep.total, sweep.done, unit="chunk") as update,
         ):
@@ -117,8 +119,9 @@ class StreamTrainer(Trainer):
                     )
         store.close()
         with agreed(comm), self._naming_errors():
-            for path in (rows_path, self.folder / STATE_NAME):
-                path.unlink(missing_ok=True)
+            if rank == 0:  # those of more ranks, on which the step was begun, too
+                for path in (self.folder / STATE_NAME, *self.folder.glob(f"{ROWS_NAME}*")):
+                    path.unlink(missing_ok=True)
         self.reader.batch_index += 1
         return sweep.loss, stream.bytes_received
 
@@ -134,6 +137,21 @@ class StreamTrainer(Trainer):
     def _facts(self) -> dict[str, object]:
         return {"step": self.steps_done, "seq_len": self.config.seq_len, "chunk_len": self.chunk_len}
 
+    def _open_state(self) -> AbstractContextManager[Any]:
+        return safe_open(self.folder / STATE_NAME, "pt", str(self.compute.device))
+
+    def _naming_damage(self) -> AbstractContextManager[None]:
+        kinds = (OSError, SafetensorError, json.JSONDecodeError)
+        return naming_errors(f"cannot read {self.folder / STATE_NAME}", kinds, CheckpointError)
+
+    def _has_rows(self) -> bool:
+        """Return whether the file of rows that this rank has is that of the step that was left."""
+        if not (self.folder / STATE_NAME).is_file():
+            return False
+        with self._naming_damage(), self._open_state() as file:
+            in_files = _about(file).get("in_files", [])
+        return self.launch.rank < len(in_files) and bool(in_files[self.launch.rank])
+
     def _save(self, sweep: GradientSweep) -> None:
         """Keep what is needed to go on within a step: what ranks have added up is kept as its sum. Collective."""
         comm = self.launch.comm
@@ -142,10 +160,12 @@ class StreamTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             sums[f"gradient.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for layer, index, carry in _carried(sweep):
-            for part, gradient in zip("kv", carry.gradients.get(index, ()), strict=False):
-                sums[f"carried.{layer}.{index}.{part}"] = gradient.total
+            if not sweep.is_forward:  # on ranks that have seen none of these rows so far, too
+                for part, gradient in zip("kv", carry.sums_of(index), strict=True):
+                    sums[f"carried.{layer}.{index}.{part}"] = gradient.total
         tensors |= {name: all_reduce_sum(comm, tensor) for name, tensor in sums.items()}
-        metadata = {"longnet_hpc": json.dumps(self._facts() | {"done": sweep.done})}
+        in_files = allgather_objects(comm, self.in_file or self.launch.rank == 0)
+        metadata = {"longnet_hpc": json.dumps(self._facts() | {"done": sweep.done, "in_files": in_files})}
         with agreed(comm), self._naming_errors():
             if self.launch.rank == 0 or self.in_file:
                 sweep.store.save(self.folder / ROWS_NAME)
@@ -157,10 +177,8 @@ class StreamTrainer(Trainer):
         path = self.folder / STATE_NAME
         if not path.is_file():
             return
-        kinds = (OSError, SafetensorError, json.JSONDecodeError)
-        device = str(self.compute.device)
-        with naming_errors(f"cannot read {path}", kinds, CheckpointError), safe_open(path, "pt", device) as file:
-            about = json.loads((file.metadata() or {}).get("longnet_hpc", "{}"))
+        with self._naming_damage(), self._open_state() as file:
+            about = _about(file)
             for name, value in self._facts().items():
                 if about.get(name) != value:
                     raise CheckpointError(f"step left in {path} has {name} {about.get(name)}, not {value}")
@@ -180,7 +198,14 @@ class StreamTrainer(Trainer):
             sweep.loss.copy_(tensors["loss"])
             for name, parameter in self.model.named_parameters():
                 parameter.grad = tensors[f"gradient.{name}"]
-        sweep.store.load(self.folder / ROWS_NAME)
+        if not (self.in_file and self._has_rows()):
+            sweep.store.load(self.folder / ROWS_NAME)
+
+
+def _about(file: Any) -> dict[str, Any]:
+    """Return the facts that an open file of `StreamTrainer` tells."""
+    about: dict[str, Any] = json.loads((file.metadata() or {}).get("longnet_hpc", "{}"))
+    return about
 
 
 def _carried(sweep: GradientSweep) -> Iterator[tuple[int, int, Carry]]:
