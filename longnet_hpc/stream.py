@@ -18,6 +18,7 @@ import torch
 from longnet_hpc.attention.sums import wide_dtype
 from longnet_hpc.carry import Carry, Crossing
 from longnet_hpc.chunk import Chunk
+from longnet_hpc.comm import agreed
 from longnet_hpc.errors import PartitionError
 from longnet_hpc.mixture import fake_backward, mix, mix_backward, refuse, register
 from longnet_hpc.pattern import Pattern
@@ -97,8 +98,10 @@ class SequenceStream:
         """
         plan = self._enter(self.position, local_len)
         self._keeps = True
-        yield plan
-        self._plan = None
+        try:
+            yield plan
+        finally:
+            self._plan = None
         self.position = plan.chunk.partition.stop
 
     @contextmanager
@@ -113,14 +116,22 @@ class SequenceStream:
             Tokens of this rank.
         store : RowStore or None
             Where rows of earlier chunks come from that are no longer carried.
+
+        Raises
+        ------
+        OSError
+            If the store cannot give them; the same on all ranks.
         """
         plan = self._enter(start, local_len)
         self._keeps = False
-        if store is not None:
-            store.bring_back(self.carries, plan.chunk)
-        yield plan
-        self._plan = None
-        self._received.clear()
+        try:
+            if store is not None:
+                with agreed(self._comm):
+                    store.bring_back(self.carries, plan.chunk)
+            yield plan
+        finally:
+            self._plan = None
+            self._received.clear()
         self.position = start
 
     def settle(self) -> None:
