@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from longnet_hpc.attention import choose_backend
+from longnet_hpc.comm import allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import ComputeConfig, LongNetConfig
 from longnet_hpc.errors import ConfigError, CorpusError
@@ -122,14 +123,17 @@ class Compute:
         )  # fmt: skip
 
     def longest_chunk(self, seq_len: int, *, training: bool = False) -> int:
-        """Return how long a chunk may be over all ranks, in tokens: a power of two times the ranks, if not all."""
+        """Return how long a chunk may be over all ranks, in tokens: a power of two times the ranks, if not all.
+
+        Collective: the rank with the least memory decides.
+        """
         at_once = 1 << 15
         if self.device.type == "cuda":
             ranks_of_it = -(-self._launch.node_size // torch.cuda.device_count())
             share = torch.cuda.get_device_properties(self.device).total_memory / ranks_of_it
             size = self._model.embed_dim * (_BYTES_TRAINED * self._model.layers + 60 if training else _BYTES_COMPUTED)
             at_once = 1 << max(15, min(22, int(math.log2(0.7 * share / size))))
-        return min(seq_len, at_once * self._launch.size)
+        return min(seq_len, min(allgather_objects(self._launch.comm, at_once)) * self._launch.size)
 
     def eagerly(self, wanted: bool) -> AbstractContextManager[object]:
         """Compute without `torch.compile` if ``wanted``: a graph is made for one length, and takes time to make."""

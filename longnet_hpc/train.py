@@ -7,7 +7,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -102,9 +102,8 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
                 lines = _open_folder(folder, config, trainer.steps_done)
         _announce(trainer, corpus_path, folder)
         begin = time.perf_counter()
-        if isinstance(trainer, StreamTrainer):
-            trainer.open(folder)
-        new_lines = _steps(trainer, folder)
+        with trainer.open(folder) if isinstance(trainer, StreamTrainer) else nullcontext():
+            new_lines = _steps(trainer, folder)
         seconds = time.perf_counter() - begin
         result = _result(trainer, folder, new_lines, seconds)
         same = trainer.same_on_all_ranks()

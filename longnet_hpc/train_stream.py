@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ class StreamTrainer(Trainer):
 
     folder: Path
     """Folder of the run."""
+    stop: StopRequest
+    """Of all steps of a call: what comes while weights are updated counts, too."""
 
-    def open(self, folder: Path) -> None:
-        """Take the folder of the run, and say what a step will need. Collective."""
+    @contextmanager
+    def open(self, folder: Path) -> Iterator[None]:
+        """Take the folder of the run for the steps of a call, and say what one will need. Collective."""
         self.folder = folder
         config, model = self.config, self.config.model
-        self.stop = StopRequest(config.stop_after)
         self.chunk_len = config.chunk_len or self.compute.longest_chunk(config.seq_len, training=True)
         self.rows_bytes = carried_bytes(
             model.pattern, self.chunk_len, config.seq_len,
@@ -54,7 +56,7 @@ class StreamTrainer(Trainer):
             itemsize=self.compute.dtype.itemsize,
         )  # fmt: skip
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / self.launch.node_size
-        self.in_file = self.rows_bytes > _MEMORY_SHARE * free
+        self.in_file = any(allgather_objects(self.launch.comm, self.rows_bytes > _MEMORY_SHARE * free))
         if self.launch.rank == 0:
             logging.getLogger("longnet_hpc").info(
                 "a step walks through %s tokens in %s chunks of %s, there and back; what waits for the way back takes "
@@ -65,6 +67,8 @@ class StreamTrainer(Trainer):
                 f"{self.rows_bytes / 1e9:.2f}",
                 "a file" if self.in_file else "host memory",
             )
+        with StopRequest(config.stop_after) as self.stop:
+            yield
 
     def accumulate(self) -> tuple[torch.Tensor, int]:
         """Sweep over one sequence; see `Trainer.accumulate`. Collective.
@@ -92,8 +96,14 @@ class StreamTrainer(Trainer):
         with agreed(comm), self._naming_errors():
             self._load(sweep)
         (sequence,) = self.reader.sequences(self.reader.batch_index)
+
+        def read(its: range) -> tuple[torch.Tensor, torch.Tensor]:
+            with agreed(comm):
+                tokens, targets = reader(its)
+            return tokens, targets
+
         with (
-            self.stop as stop,
+            closing(store),
             ChunkReader(self.corpus, sweep.slices_left(), compute.device, sequence * stream.seq_len) as reader,
             steps_bar(rank, f"step {self.steps_done + 1}", sweep.total, sweep.done, unit="chunk") as update,
         ):
@@ -101,23 +111,23 @@ class StreamTrainer(Trainer):
             while sweep.done < sweep.total:
                 chunk, there = sweep.order[sweep.done], sweep.is_forward
                 with compute.eagerly(self.compiled and len(chunk) < self.chunk_len):
-                    sweep.advance(reader)
+                    sweep.advance(read)
                 tokens, seconds = tokens + len(chunk), time.perf_counter() - begin
                 line = {
                     "step": self.steps_done + 1, "sweep": "forward" if there else "backward",
                     "first_token": chunk.start, "tokens": len(chunk), "seconds": seconds,
                 }  # fmt: skip
                 with agreed(comm), self._naming_errors():
+                    store.check()
                     if rank == 0:
                         append_record(self.folder / CHUNKS_NAME, line)
                 update(f"{'there' if there else 'and back'}, {tokens / seconds:,.0f} tokens/s")
-                if sweep.done < sweep.total and stop.asked(comm):
+                if sweep.done < sweep.total and self.stop.asked(comm):
                     self._save(sweep)
                     raise StoppedError(
                         f"left in step {self.steps_done + 1} after {sweep.done:,} of {sweep.total:,} chunks; "
                         f"train --resume {self.folder} goes on"
                     )
-        store.close()
         with agreed(comm), self._naming_errors():
             if rank == 0:  # those of more ranks, on which the step was begun, too
                 for path in (self.folder / STATE_NAME, *self.folder.glob(f"{ROWS_NAME}*")):
@@ -135,7 +145,10 @@ class StreamTrainer(Trainer):
         return naming_errors(f"cannot write run folder {self.folder}")
 
     def _facts(self) -> dict[str, object]:
-        return {"step": self.steps_done, "seq_len": self.config.seq_len, "chunk_len": self.chunk_len}
+        return {
+            "step": self.steps_done, "seq_len": self.config.seq_len, "chunk_len": self.chunk_len,
+            "dtype": str(self.compute.dtype).removeprefix("torch."),
+        }  # fmt: skip
 
     def _open_state(self) -> AbstractContextManager[Any]:
         return safe_open(self.folder / STATE_NAME, "pt", str(self.compute.device))
@@ -169,8 +182,11 @@ class StreamTrainer(Trainer):
         with agreed(comm), self._naming_errors():
             if self.launch.rank == 0 or self.in_file:
                 sweep.store.save(self.folder / ROWS_NAME)
+        # Only now, since it says that all ranks have their rows; a full disk is a SafetensorError.
+        path = self.folder / STATE_NAME
+        with agreed(comm), naming_errors(f"cannot write {path}", (OSError, SafetensorError)):
             if self.launch.rank == 0:
-                replace_file(self.folder / STATE_NAME, lambda partial: save_file(tensors, partial, metadata))
+                replace_file(path, lambda partial: save_file(tensors, partial, metadata))
 
     def _load(self, sweep: GradientSweep) -> None:
         """Take up what `_save` kept, if anything; on each rank for itself."""
