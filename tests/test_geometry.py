@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longnet_hpc.chunk import Chunk, kept_rows, wide_branches
 from longnet_hpc.errors import PartitionError, PatternError
-from longnet_hpc.partition import Partition, SpanLayout, communicator_rounds, rank_groups
+from longnet_hpc.grids import earlier_grids, kept_grids
+from longnet_hpc.partition import Partition, Run, SpanLayout, communicator_rounds, rank_groups
 from longnet_hpc.pattern import Branch, Pattern
 
 branches = st.builds(Branch, st.integers(1, 60), st.integers(1, 15))
@@ -98,6 +100,127 @@ def test_each_group_is_made_in_one_round_of_disjoint_groups(groups):
 def test_all_spans_are_those_of_every_rank(branch, partition):
     expected = {span for rank in range(partition.size) for span in partition.spans(branch, rank)}
     assert set(partition.all_spans(branch)) == expected
+
+
+@st.composite
+def chunks(draw):
+    lengths, before = draw(st.lists(st.integers(0, 25), min_size=1, max_size=6)), draw(st.integers(0, 150))
+    partition = Partition.from_lengths(lengths, before)
+    return Chunk(partition, partition.stop + draw(st.sampled_from([0, 1, 40])))
+
+
+def piece_of(chunk, rank, positions):
+    """Return the one piece of positions side by side in the slice of a rank; None if there are none."""
+    return None if not positions else (positions[0] - chunk.partition.bounds[rank], len(positions), 1)
+
+
+def fields(run):
+    return None if run is None else (run.start, run.length, run.count)
+
+
+@many
+@given(branch=branches, chunk=chunks())
+def test_open_segments_of_a_chunk_are_those_cut_by_its_ends(branch, chunk):
+    w, start, stop = branch.segment_length, chunk.partition.start, chunk.partition.stop
+    before = [p for p in range(start) if p // w == start // w]
+    after = [p for p in range(stop, chunk.seq_len) if p // w == stop // w]
+    is_open = bool(before)
+    goes_on = bool(after) and stop % w > 0
+    assert chunk.tokens_before(branch) == len(before)
+    assert chunk.is_left_open(branch) == goes_on
+    assert chunk.is_inside(branch) == (is_open and goes_on and start // w == stop // w)
+    assert list(chunk.open_segments(Pattern((branch,)))) == ([(0, start // w)] if is_open else [])
+    for rank in range(chunk.partition.size):
+        its = chunk.partition.slice_of(rank)
+        seeing = [p for p in its if is_open and p // w == start // w]
+        leaving = [p for p in its if goes_on and p // w == stop // w]
+        assert fields(chunk.seeing_piece(branch, rank)) == piece_of(chunk, rank, seeing)
+        assert fields(chunk.leaving_piece(branch, rank)) == piece_of(chunk, rank, leaving)
+        for piece, positions in (
+            (chunk.seeing_piece(branch, rank), seeing),
+            (chunk.leaving_piece(branch, rank), leaving),
+        ):
+            assert piece is None or piece.phase == positions[0] % w
+
+
+def members(grid):
+    """Return the rows of each head of a grid of one piece, in the order of its heads: pairs of head and tokens."""
+    assert grid.count == 1
+    return [
+        (
+            grid.first_head + j * grid.head_step,
+            [grid.start + grid.first_row + j * grid.row_step + i * grid.rate for i in range(grid.rows)],
+        )
+        for j in range(grid.heads)
+    ]
+
+
+@st.composite
+def pieces(draw):
+    """A branch, a piece of one of its segments, query heads and key/value heads."""
+    branch = draw(branches)
+    phase = draw(st.integers(0, branch.segment_length - 1))
+    length = draw(st.integers(1, branch.segment_length - phase))
+    kv_heads = draw(st.integers(1, 4))
+    return branch, Run(draw(st.integers(0, 9)), length, 1, phase), kv_heads * draw(st.integers(1, 4)), kv_heads
+
+
+def grid_rows(branch, head, first, stop):
+    """Return the places within a segment, from one up to another, that are on the grid of a head."""
+    return [p for p in range(first, stop) if p % branch.dilation_rate == head % branch.dilation_rate]
+
+
+@many
+@given(drawn=pieces(), data=st.data())
+def test_each_query_sees_all_earlier_rows_of_its_head_once(drawn, data):
+    branch, run, heads, _ = drawn
+    tokens = data.draw(st.integers(0, run.phase))
+    seen = {}
+    for queries, kept in earlier_grids(branch, run, tokens, heads):
+        for (head, its), (column, rows) in zip(members(queries), members(kept), strict=True):
+            assert column == head
+            assert head not in seen
+            seen[head] = its, rows
+    expected = {}
+    for head in range(heads):
+        before = grid_rows(branch, head, 0, tokens)
+        its = [run.start + p - run.phase for p in grid_rows(branch, head, run.phase, run.phase + run.length)]
+        if before and its:
+            expected[head] = its, list(range(len(before)))
+    assert seen == expected
+
+
+@many
+@given(drawn=pieces())
+def test_rows_of_a_piece_are_kept_behind_those_of_the_segment_before_it(drawn):
+    branch, run, heads, kv_heads = drawn
+    seen = {}
+    for keys, kept in kept_grids(branch, run, heads, kv_heads):
+        for (kv_head, its), (head, rows) in zip(members(keys), members(kept), strict=True):
+            assert kv_head == head // (heads // kv_heads)
+            assert head not in seen
+            seen[head] = its, rows
+    expected = {}
+    for head in range(heads):
+        before = len(grid_rows(branch, head, 0, run.phase))
+        its = [run.start + p - run.phase for p in grid_rows(branch, head, run.phase, run.phase + run.length)]
+        if its:
+            expected[head] = its, list(range(before, before + len(its)))
+    assert seen == expected
+
+
+@many
+@given(seq_len=st.integers(1, 300), chunk_len=st.integers(1, 320), branch=branches, other=branches)
+def test_wide_branches_have_a_segment_open_at_the_end_of_some_chunk(seq_len, chunk_len, branch, other):
+    ends = range(chunk_len, seq_len, chunk_len)
+    expected = [n for n, b in enumerate((branch, other)) if any(stop % b.segment_length for stop in ends)]
+    assert list(wide_branches(Pattern((branch, other)), chunk_len, seq_len)) == expected
+    for b in (branch, other):
+        segments = [
+            range(start, min(start + b.segment_length, seq_len)) for start in range(0, seq_len, b.segment_length)
+        ]
+        most = max(len(grid_rows(b, 0, 0, len(segment))) for segment in segments)
+        assert kept_rows(b, seq_len) == most
 
 
 def test_rank_groups_of_a_chain_need_two_rounds():
