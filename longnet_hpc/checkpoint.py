@@ -103,6 +103,13 @@ class Checkpoint:
         except ConfigError as error:
             raise CheckpointError(f"checkpoint of step {self.step} has a model that cannot be: {error}") from error
 
+    @property
+    def digest(self) -> str:
+        """What tells model and tensors from all others."""
+        content = [json.dumps(dict(self.model), sort_keys=True)]
+        content += [name + _checksum(tensor) for name, tensor in sorted(self.tensors.items())]
+        return xxhash.xxh3_64_hexdigest("\n".join(content).encode())
+
     def check_fits(self, model: LongNetConfig, order: DataOrder) -> None:
         """Make sure that a training can go on from here as if it had never stopped.
 

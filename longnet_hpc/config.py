@@ -237,8 +237,8 @@ class TrainConfig(ComputeConfig):
     """Length of a chunk of a stream over all ranks, in tokens. None means as long as memory allows."""
     stop_after: float | None = field(default=None, metadata=THIS_CALL_ONLY)
     """Time after which a stream is left within its step, with all kept that resume needs, in seconds."""
-    start_from: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
-    """Checkpoint, or folder of a run, whose weights a new run starts from."""
+    start_from: Path | None = None
+    """Checkpoint, or folder of a run, whose weights a run without a checkpoint of its own starts from."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     keep_attention: bool = True

@@ -159,6 +159,7 @@ def _open(config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_path
         order = DataOrder.of(corpus, **_reading(config, seq_len))
         model = LongNet(checkpoint.model_config)
         load_weights(model, checkpoint.tensors)
+        model.half_residual = config.half_residual
         folder = config.output or _folder_of(path, corpus_path, checkpoint.step)
         if launch.rank == 0:
             with naming_errors(f"cannot write results to {folder}"):

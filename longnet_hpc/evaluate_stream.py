@@ -108,7 +108,6 @@ class _Evaluation:
     def __init__(self, config: EvalConfig, launch: Launch, subject: Subject) -> None:
         self.launch, self.subject, self.model = launch, subject, subject.model
         compute, self.seq_len = subject.compute, subject.seq_len
-        self.model.half_residual = config.half_residual
         self.compiled = compute.compiles
         if self.compiled:
             self.model.compile_blocks()
@@ -118,7 +117,8 @@ class _Evaluation:
         self.widest = max(self.model.config.segment_lengths)
         self.seconds_before = 0.0
         self.facts = {
-            "step": subject.checkpoint.step, "chunk_len": self.chunk_len, **subject.order.facts(),
+            "weights": subject.checkpoint.digest, "chunk_len": self.chunk_len, **subject.order.facts(),
+            "dtype": str(compute.dtype).removeprefix("torch."), "half_residual": config.half_residual,
         }  # fmt: skip
         with agreed(launch.comm), self._naming_errors():
             is_left = self._load()
@@ -216,9 +216,11 @@ class _Evaluation:
             tensors[name] = all_reduce_sum(self.launch.comm, totals.sums)
         about = {**self.facts, "position": self.stream.position, "seconds": seconds}
         metadata = {"longnet_hpc": json.dumps(about)}
-        with agreed(self.launch.comm), self._naming_errors():
+        path = self.subject.folder / STATE_NAME
+        kinds = (OSError, SafetensorError)  # a full disk is either
+        with agreed(self.launch.comm), naming_errors(f"cannot write {path}", kinds):
             if self.launch.rank == 0:
-                replace_file(self.subject.folder / STATE_NAME, lambda partial: save_file(tensors, partial, metadata))
+                replace_file(path, lambda partial: save_file(tensors, partial, metadata))
 
     def _load(self) -> bool:
         """Take up what `_save` kept, if it is of this evaluation; on each rank for itself."""

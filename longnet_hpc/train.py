@@ -70,7 +70,7 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
     """Train, leaving everything in the folder of the run: config, metrics, checkpoints, record, picture. Collective.
 
     Nothing is written before all ranks have agreed that config, corpus, checkpoint and ranks fit together, and have
-    read the first step's tokens. The saved config names the corpus by its absolute path.
+    read the first step's tokens. The saved config names files by their absolute paths.
 
     Parameters
     ----------
@@ -92,7 +92,8 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
         The same on all ranks; `Trainer` and `Trainer.step` say when.
     """
     comm = launch.comm
-    config = replace(config, corpus=corpus_path.resolve())
+    start_from = None if config.start_from is None else config.start_from.resolve()
+    config = replace(config, corpus=corpus_path.resolve(), start_from=start_from)
     stamp = broadcast_object(comm, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     folder = config.resume or config.folder or RUNS / stamp
     with _trainer(config, launch, corpus_path, folder) as trainer:
@@ -129,7 +130,7 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
             corpus = Corpus(corpus_path)
             kind = StreamTrainer if config.stream else Trainer
             trainer = kind(config, launch, corpus, checkpoint)
-            if config.start_from is not None and config.resume is None:
+            if config.start_from is not None and checkpoint is None:
                 load_weights(trainer.model, load_checkpoint(find_checkpoint(config.start_from)).tensors)
             trainer.check_steps()
             trainer.check_data()
@@ -153,7 +154,7 @@ def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
 def _announce(trainer: Trainer, corpus_path: Path, folder: Path) -> None:
     config, compute, ranks = trainer.config, trainer.compute, trainer.launch.size
     log = logging.getLogger("longnet_hpc")
-    if config.resume is not None and trainer.steps_done == 0:
+    if config.resume is not None and latest_checkpoint(folder) is None:
         log.info("%s has no checkpoint yet: the training starts at step 0", folder)
     if config.optimizer.warmup_steps >= config.steps:
         log.info("the warm-up of %s steps outlasts all %s steps", f"{config.optimizer.warmup_steps:,}", config.steps)
@@ -198,10 +199,10 @@ def _steps(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
             try:
                 line = trainer.step()
             except StoppedError:
-                if trainer.steps_done:  # a step that was left is gone on with from the weights at its start
-                    with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
-                        if rank == 0:
-                            _save_checkpoint(trainer, folder)
+                # A step that was left is gone on with from the weights at its start, whatever these came from.
+                with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
+                    if rank == 0:
+                        _save_checkpoint(trainer, folder)
                 raise
             lines.append(line)
             due = trainer.steps_done % config.save_every == 0 or trainer.steps_done == last

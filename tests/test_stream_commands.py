@@ -362,3 +362,14 @@ def test_run_starts_from_the_weights_of_another(corpus, trained, tmp_path):
     assert line["loss"] < min(first["loss"], second["loss"])  # which were taken before these steps' updates
     assert main(eval_words(corpus, trained, tmp_path / "eval", "--max-batches", "1")) == 0
     assert line["loss"] == pytest.approx(results(tmp_path / "eval")["loss"], abs=1e-6)
+
+
+def test_step_that_started_from_other_weights_is_gone_on_with_from_them(corpus, trained, tmp_path, left_after):
+    words = train_words(corpus, tmp_path / "whole", *STREAM, "--start-from", trained, "--stop-at", "1")
+    assert main(words) == 0
+    left_after(4)
+    words = train_words(corpus, tmp_path / "left", *STREAM, "--start-from", trained, "--stop-at", "1")
+    assert main(words) == 75
+    assert main(["train", "--resume", str(tmp_path / "left"), "--stop-at", "1"]) == 0
+    (whole,), (left,) = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "left"))
+    assert left["loss"] == pytest.approx(whole["loss"], abs=1e-6)
