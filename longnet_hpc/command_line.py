@@ -17,6 +17,7 @@ from longnet_hpc import __version__
 from longnet_hpc.config import OPTIMIZERS, EvalConfig, GenerateConfig, LongNetConfig, PrepareConfig, TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, from_table, read_toml
 from longnet_hpc.errors import CheckpointError, ConfigError
+from longnet_hpc.scaling.config import BenchConfig, CalibrateConfig, PlanConfig, ReportConfig, SimulateConfig
 
 __all__ = ["parse"]
 
@@ -27,7 +28,14 @@ _COMMANDS: dict[str, Any] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
+    "plan": PlanConfig,
+    "simulate": SimulateConfig,
+    "calibrate": CalibrateConfig,
+    "bench": BenchConfig,
+    "report": ReportConfig,
 }
+_TAKE_WORDS = ("prepare", "report")
+"""Commands whose words may be more than options."""
 _MAIN_HELP = f"""LongNet over sequences that span MPI ranks: alone, under mpirun, or under srun.
 
 Without a command it runs the main job: prepare Python's standard library as a corpus, train, evaluate on the files that
@@ -40,6 +48,16 @@ the training left out (or, with --corpus, on that same corpus), and say where th
     {_PROGRAM} eval: measure a trained model
 
     {_PROGRAM} generate: go on with a text by a trained model
+
+    {_PROGRAM} plan: forecast memory, time and traffic of a run on a machine that need not be here
+
+    {_PROGRAM} simulate: replay a step on a simulated cluster
+
+    {_PROGRAM} calibrate: measure this machine for plan and simulate
+
+    {_PROGRAM} bench: measure how runs scale
+
+    {_PROGRAM} report: make a page of records
 
 Each explains its options with --help; --version tells the version. The main job has the options of train:"""
 _PATTERN_LISTS = ("--model.segment-lengths", "--model.dilation-rates")
@@ -86,7 +104,7 @@ def parse(words: Sequence[str], *, console: bool) -> tuple[str, Any]:
         raise SystemExit(0)
     command = words[0] if words and words[0] in _COMMANDS else "main"
     rest = list(words[1:] if words and words[0] == command else words)
-    if rest and not rest[0].startswith("-") and command != "prepare":
+    if rest and not rest[0].startswith("-") and command not in _TAKE_WORDS:
         raise ConfigError(_stray_word(command, rest[0]))
     base, _ = _tyro(_Base, rest, show=False, return_unknown_args=True, add_help=False)
     default = _start_from(base, _COMMANDS[command]())
@@ -113,14 +131,15 @@ def _stray_word(command: str, word: str) -> str:
     there = Path(word).exists()
     if command == "main":
         hint = f"; did you mean train --resume {word} or eval --checkpoint {word}?" if there else ""
-        return f"command {word!r} does not exist, must be prepare, train, eval, generate or none{hint}"
-    hint = f"; did you mean {_GOING_ON[command]} {word}?" if there else ""
+        commands = ", ".join(name for name in _COMMANDS if name != "main")
+        return f"command {word!r} does not exist, must be one of {commands}, or none{hint}"
+    hint = f"; did you mean {_GOING_ON[command]} {word}?" if there and command in _GOING_ON else ""
     return f"{command} takes options only, got {word!r}{hint}"
 
 
 def _start_from(base: _Base, default: Any) -> Any:
     """Return the default config that the command line's own values are laid over."""
-    if not isinstance(default, TrainConfig):
+    if not hasattr(default, "preset"):
         return from_table(read_toml(base.config), default) if base.config else default
     path = base.config
     if base.resume is not None and path is None:
@@ -133,8 +152,10 @@ def _start_from(base: _Base, default: Any) -> Any:
         preset = from_table({key: table[key] for key in ("preset",) if key in table}, default).preset
     else:
         table = {key: value for key, value in table.items() if key not in ("model", "preset", "geometric")}
-    model, optimizer = LongNetConfig.preset(preset), OPTIMIZERS[preset]
-    return from_table(table, replace(default, preset=preset, model=model, optimizer=optimizer))
+    start: dict[str, Any] = {"preset": preset, "model": LongNetConfig.preset(preset)}
+    if isinstance(default, TrainConfig):
+        start["optimizer"] = OPTIMIZERS[preset]
+    return from_table(table, replace(default, **start))
 
 
 def _tyro(config: Any, words: Sequence[str], *, show: bool, **options: Any) -> Any:

@@ -22,6 +22,7 @@ __all__ = [
     "OptimizerConfig",
     "PrepareConfig",
     "TrainConfig",
+    "at_least",
 ]
 
 THIS_CALL_ONLY = {"this_call_only": True}
@@ -31,7 +32,8 @@ PAPER_SEGMENT_LENGTHS = (2048, 4096, 8192, 16384, 32768)
 PAPER_DILATION_RATES = (1, 2, 4, 6, 12)
 
 
-def _at_least(config: object, limit: int, *names: str) -> None:
+def at_least(config: object, limit: int, *names: str) -> None:
+    """Raise ConfigError, naming the field, if one of a config is below a limit; None is left out."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < limit:
@@ -68,7 +70,7 @@ class LongNetConfig:
     """Use the token embedding as output projection."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "vocab_size", "layers", "embed_dim", "heads", "ffn_ratio")
+        at_least(self, 1, "vocab_size", "layers", "embed_dim", "heads", "ffn_ratio")
         if self.embed_dim % self.heads:
             raise ConfigError(f"heads must divide embed_dim, got {self.heads} heads for width {self.embed_dim}")
         if self.head_dim % 2:
@@ -168,7 +170,7 @@ class OptimizerConfig:
             raise ConfigError(f"final_learning_rate must be 0 to 1, got {self.final_learning_rate}")
         if not 0.0 <= self.weight_decay < math.inf:
             raise ConfigError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
-        _at_least(self, 0, "warmup_steps")
+        at_least(self, 0, "warmup_steps")
 
 
 OPTIMIZERS: dict[str, OptimizerConfig] = {
@@ -251,8 +253,8 @@ class TrainConfig(ComputeConfig):
     """Number of checkpoints kept, the latest ones."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
-        _at_least(self, 1, "chunk_len")
+        at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
+        at_least(self, 1, "chunk_len")
         if self.stream and (self.batch_size != 1 or self.accumulation != 1):
             raise ConfigError("a step of a stream is one sequence: batch_size and accumulation must be 1")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
@@ -285,7 +287,7 @@ class PrepareConfig:
     """Replace an existing corpus file."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "chunk_tokens")
+        at_least(self, 1, "chunk_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +318,7 @@ class EvalConfig(ComputeConfig):
     """Folder of the results, replaced if it has any. None means one near the checkpoint, after corpus and step."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
+        at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
         if self.stream and (self.batch_size != 1 or self.max_batches is not None):
             raise ConfigError("a stream is one sequence: batch_size and max_batches have no say, give seq_len")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
@@ -353,7 +355,7 @@ class GenerateConfig(ComputeConfig):
     """Length of the pieces in which the prompt is read, in tokens: longer ones take more memory, shorter more time."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "max_new_tokens", "samples", "top_k", "chunk_len")
+        at_least(self, 1, "max_new_tokens", "samples", "top_k", "chunk_len")
         if not 0.0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:

@@ -17,6 +17,7 @@ from longnet_hpc.command_line import parse
 from longnet_hpc.config import ComputeConfig, EvalConfig, GenerateConfig, PrepareConfig, TrainConfig
 from longnet_hpc.errors import ConfigError, LongNetError, StoppedError
 from longnet_hpc.launcher import environment_rank, environment_size
+from longnet_hpc.scaling.config import BenchConfig, CalibrateConfig, PlanConfig, ReportConfig, SimulateConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +57,8 @@ def main(words: Sequence[str] | None = None) -> int:
         mistake = error
         if environment_size() == 1:
             return _tell(error)
+    if command in _ALONE:  # no need of torch and MPI: rank 0 does it, if there are ranks
+        return 0 if environment_rank() else _run_alone(_ALONE[command], config)
 
     from longnet_hpc.comm import agree
     from longnet_hpc.comm.launch import start
@@ -88,6 +91,15 @@ def main(words: Sequence[str] | None = None) -> int:
 def _tell(error: Exception) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def _run_alone(command: Callable[[Any], object], config: Any) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        command(config)
+    except (LongNetError, OSError) as error:
+        return _tell(error)
+    return 0
 
 
 def _end_together(error: Exception, launch: Launch, meeting: Meeting) -> int:
@@ -179,6 +191,36 @@ def _generate(config: GenerateConfig, launch: Launch) -> None:
     )
 
 
+def _plan(config: PlanConfig) -> None:
+    from longnet_hpc.scaling.plan import plan
+
+    plan(config)
+
+
+def _simulate(config: SimulateConfig) -> None:
+    from longnet_hpc.scaling.simulate import simulate
+
+    simulate(config)
+
+
+def _report(config: ReportConfig) -> None:
+    from longnet_hpc.scaling.report import report
+
+    report(config)
+
+
+def _calibrate(config: CalibrateConfig, launch: Launch) -> None:
+    from longnet_hpc.scaling.calibrate import calibrate
+
+    calibrate(config, launch)
+
+
+def _bench(config: BenchConfig, launch: Launch) -> None:
+    from longnet_hpc.scaling.bench import bench
+
+    bench(config, launch)
+
+
 def _main_job(config: TrainConfig, launch: Launch) -> None:
     """Train, then evaluate: on the files that the embedded corpus leaves out, or on the very corpus that was given."""
     from longnet_hpc.corpora import embedded_path
@@ -203,7 +245,10 @@ _COMMANDS: dict[str, Callable[[Any, Launch], object]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "calibrate": _calibrate,
+    "bench": _bench,
 }
+_ALONE: dict[str, Callable[[Any], object]] = {"plan": _plan, "simulate": _simulate, "report": _report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,1 @@
+"""Forecasts of runs on machines that are not here, measurements of how runs scale, and reports of both."""
