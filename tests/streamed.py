@@ -33,6 +33,7 @@ STREAMED_CASES = {
     "wide branches folded": (1, 1024, 3, 3, (128, 512, 1024, 4096), (1, 4, 64, 128), (0, 256, 640, 1024)),
     "shared key/value heads": (2, 512, 4, 2, (64, 512), (1, 64), (0, 128, 320, 512)),
     "dense segments cut": (1, 512, 2, 2, (128, 512), (1, 2), (0, 192, 448, 512)),
+    "equal rates, unequal phases": (1, 1024, 3, 3, (128, 700, 4096), (1, 64, 64), (0, 768, 1024)),
     "chunks of any length": (1, 545, 3, 3, (150, 300, 545), (1, 2, 4), (0, 100, 333, 545)),
 }
 """Batch, tokens, heads, key/value heads, pattern and chunks that take different ways through kernels for Hopper."""

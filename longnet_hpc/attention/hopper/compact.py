@@ -44,13 +44,13 @@ class CompactSoftmax:
     ) -> None:
         self._q = q
         self._jobs = jobs
-        self._by_place = {_place(job.rows): job for job in jobs}
+        self._by_rows = {job.rows: job for job in jobs}
         self._folds = folds
         self._finish = finish
 
     def add(self, sequences: slice, grid: Grid, out: torch.Tensor, lse: torch.Tensor, *, first: bool) -> None:
         """Merge the normalised output of some keys into the compact part of the same piece, as `sums.SoftmaxSum`."""
-        job, heads = self._by_place[_place_of(grid)], heads_of(grid)
+        job, heads = self._by_rows[_rows_of(grid)], heads_of(grid)
         _merge(
             *(job.out[sequences, : grid.rows, heads], job.lse[sequences, heads, : grid.rows]), out.transpose(1, 2), lse
         )
@@ -135,7 +135,7 @@ class CompactGradients:
     def __init__(self, dk: torch.Tensor, dv: torch.Tensor, jobs: list[BackwardJob]) -> None:
         self._dense = dk, dv
         self._jobs = jobs
-        self._by_place = {_place(job.rows): (job.dk, job.dv) for job in jobs}
+        self._by_rows = {job.rows: (job.dk, job.dv) for job in jobs}
 
     def collectors(self) -> tuple[GradientCollector, GradientCollector]:
         """Return what collects the gradients of keys, and of values."""
@@ -143,13 +143,13 @@ class CompactGradients:
 
     def add(self, which: int, sequences: slice, grid: Grid, part: torch.Tensor) -> None:
         """Add a part onto the compact part of the same piece."""
-        self._by_place[_place_of(grid)][which][sequences, : grid.rows, heads_of(grid)] += part.transpose(1, 2)
+        self._by_rows[_rows_of(grid)][which][sequences, : grid.rows, heads_of(grid)] += part.transpose(1, 2)
 
     def result(self, which: int) -> torch.Tensor:
         """Return the sum."""
         if self._jobs:
             add_rows(*self._dense, self._jobs)
-            self._jobs, self._by_place = [], {}  # their memory serves what comes next
+            self._jobs, self._by_rows = [], {}  # their memory serves what comes next
         return self._dense[which]
 
 
@@ -164,12 +164,9 @@ class _Collector:
         return self._gradients.result(self._which)
 
 
-def _place(rows: Rows) -> tuple[int, int, int, int]:
-    return rows.start, rows.length, rows.count, rows.rate
-
-
-def _place_of(grid: Grid) -> tuple[int, int, int, int]:
-    return grid.start, grid.length, grid.count, grid.rate
+def _rows_of(grid: Grid) -> Rows:
+    """Return the rows of all heads whose part a grid is: branches of one rate may have rows at other tokens."""
+    return Rows(grid.start, grid.length, grid.count, grid.rate, (grid.first_row - grid.first_head) % grid.rate)
 
 
 def heads_of(grid: Grid) -> slice:
