@@ -20,6 +20,8 @@ SWEEPS = {
     "linear": ["2x64"],
 }
 """The shapes (heads x head_dim) of each sweep."""
+ALL_PASSES = ("forward", "both")
+"""What can be timed, the shorter first."""
 PASSES = {"small": ("forward",), "linear": ("both",)}
 """What is timed in a sweep, where it is not both."""
 YARDSTICK_SEQUENCES = 2
@@ -99,6 +101,8 @@ def cases_of(options):
     layouts = list(_layouts(options))
     if not layouts:
         raise ValueError(f"{options.tokens} tokens hold none of the sequences that were asked for")
+    chosen = options.passes or PASSES.get(options.sweep, ALL_PASSES)
+    passes = tuple(name for name in ALL_PASSES if name in chosen)
     cases = []
     for dtype in options.dtype:
         for shape in shapes:
@@ -110,7 +114,7 @@ def cases_of(options):
                     cases += [
                         Case(
                             *(options.sweep, shape, causal, dtype, backend, name, pattern, batch, seq_len, yardstick),
-                            passes=tuple(options.passes or PASSES.get(options.sweep, ("forward", "both"))),
+                            passes=passes,
                         )
                         for backend in options.backends
                     ]

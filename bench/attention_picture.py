@@ -172,7 +172,8 @@ def _draw_linear(axes, records):
         steady = [x for x, r in zip(times, its, strict=True) if _seq_len(r) >= 1 << 16] or times
         axes.axhspan(min(steady), 1.1 * min(steady), color=color, alpha=0.12, linewidth=0)
         style = {"color": color, "marker": marker, "linestyle": "--" if causal else "-", "linewidth": 2}
-        only = "" if "both" in its[0]["what"]["config"]["passes"] else ", forward"
+        # Records from before there was a choice of passes are of both.
+        only = "" if "both" in its[0]["what"]["config"].get("passes", ["both"]) else ", forward"
         axes.plot([_seq_len(r) for r in its], times, label=f"{_spaced(shape)}, {MASKS[causal]}{only}", **style)
         highest = max(highest, *times)
     axes.set_ylim(0, 1.12 * highest)

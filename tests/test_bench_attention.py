@@ -70,6 +70,18 @@ def test_long_sequences_on_a_cpu_get_a_time_a_token(bench, tmp_path, capsys, mon
         assert max(results["relative_errors"]) < 0.01
 
 
+def test_passes_may_come_in_any_order_and_old_records_have_none(bench, tmp_path):
+    path = tmp_path / "linear.jsonl"
+    words = ["--sweep", "linear", "--longest", "8192", "--shapes", "2x8", "--yardstick-len", "64", "--repeats", "1"]
+    bench.main.main([*words, "--passes", "both", "forward", "--device", "cpu", "--out", str(path)])
+    records = read_records(path)
+    for record in records:
+        assert record["results"]["seconds_per_token"] == record["results"]["both_seconds"] / 8192
+        assert record["what"]["config"].pop("passes") == ["forward", "both"]
+    bench.main.draw(records, tmp_path / "linear.png")
+    assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_case_that_is_out_of_memory_is_skipped_and_wrong_results_end_in_an_error(bench, capsys, monkeypatch):
     def measure(case, device, options):
         if case.causal:
