@@ -36,7 +36,7 @@ def at_least(config: object, limit: int, *names: str) -> None:
     """Raise ConfigError, naming the field, if one of a config is below a limit; None is left out."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < limit:
+        if value is not None and not value >= limit:  # what is not a number is not, either
             raise ConfigError(f"{name} must be at least {limit}, got {value}")
 
 
@@ -234,7 +234,7 @@ class TrainConfig(ComputeConfig):
     shuffle: bool = True
     """Take the sequences in random order, anew in each epoch."""
     stream: bool = False
-    """Compute every sequence chunk by chunk, forward and then in reverse: memory does not grow with its length."""
+    """Compute a sequence chunk by chunk, there and back; all that grows with it are rows on the host of each rank."""
     chunk_len: int | None = None
     """Length of a chunk of a stream over all ranks, in tokens. None means as long as memory allows."""
     stop_after: float | None = field(default=None, metadata=THIS_CALL_ONLY)
@@ -255,6 +255,7 @@ class TrainConfig(ComputeConfig):
     def __post_init__(self) -> None:
         at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
         at_least(self, 1, "chunk_len")
+        at_least(self, 0, "stop_after")
         if self.stream and (self.batch_size != 1 or self.accumulation != 1):
             raise ConfigError("a step of a stream is one sequence: batch_size and accumulation must be 1")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
@@ -319,10 +320,13 @@ class EvalConfig(ComputeConfig):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
+        at_least(self, 0, "stop_after")
         if self.stream and (self.batch_size != 1 or self.max_batches is not None):
             raise ConfigError("a stream is one sequence: batch_size and max_batches have no say, give seq_len")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
             raise ConfigError("chunk_len and stop_after belong to a stream: give --stream, too")
+        if not self.stream and self.compile == "on":
+            raise ConfigError("compile cannot be on, only a stream is compiled: give --stream, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,5 +364,9 @@ class GenerateConfig(ComputeConfig):
             raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
+            raise ConfigError("top_k and top_p choose what is drawn: give a temperature above 0, too")
+        if self.compile == "on":
+            raise ConfigError("compile must be auto or off: tokens one by one are not compiled")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")

@@ -197,6 +197,8 @@ def test_on_a_gpu_tokens_are_those_of_the_cpu():
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"temperature": 0.0, "top_k": 5}, "top_k and top_p choose what is drawn: give a temperature above 0, too"),
+        ({"temperature": 0.0, "top_p": 0.9}, "top_k and top_p choose what is drawn: give a temperature above 0, too"),
         ({"chunk_len": 0}, "chunk_len must be at least 1, got 0"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"prompt": torch.zeros(1, 0, dtype=torch.long)}, "prompt must have at least 1 token, got none"),
@@ -374,6 +376,8 @@ def test_values_that_the_command_refuses(refused, tmp_path):  # noqa: F811
         ("--top-k", "0", "top_k must be at least 1, got 0"),
         ("--top-p", "1.5", "top_p must be above 0 and at most 1, got 1.5"),
         ("--max-new-tokens", "0", "max_new_tokens must be at least 1, got 0"),
+        ("--top-k", "5", "top_k and top_p choose what is drawn: give a temperature above 0, too"),
+        ("--compile", "on", "compile must be auto or off: tokens one by one are not compiled"),
         ("--seed", "-1", f"seed must be 0 to {2**63 - 1}, got -1"),
         ("--tokenizer", "absent.json", "tokenizer must be 'bytes' or a JSON file, got 'absent.json'"),
     ):
