@@ -86,20 +86,21 @@ def evaluate(config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_p
         subject = _open(config, launch, checkpoint_path, corpus_path, stack)
         subject.compute.warn_of_reach()
         subject.model.to(subject.compute.device).eval()
-        begin = time.perf_counter()
+        begin, longest = time.perf_counter(), subject.seq_len
         more: dict[str, Any] = {}
         if config.stream:
             from longnet_hpc.evaluate_stream import sum_stream
 
             streamed = sum_stream(config, launch, subject)
             totals, more = streamed.by_context, streamed.results()
-            more["loss_by_position"] = _bins(streamed.by_position, subject.seq_len, "position")
+            more["loss_by_position"] = _bins(streamed.by_position, longest, "position")
+            longest = min(longest, max(subject.model.config.segment_lengths))
         else:
             totals = _sum_by_context(config, launch, subject)
         seconds = more.pop("seconds", time.perf_counter() - begin)
         corpus = subject.corpus
         results = _results(totals, corpus.num_tokens / corpus.num_bytes)
-        results["loss_by_context"] = _bins(totals, subject.seq_len)
+        results["loss_by_context"] = _bins(totals, longest)
         if not math.isfinite(results["perplexity"]):
             raise CheckpointError(f"{subject.path} is of no use: its loss is {results['loss']:.4g} nats a token")
     results |= {

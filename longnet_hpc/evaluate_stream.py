@@ -25,7 +25,7 @@ from longnet_hpc.errors import CheckpointError, StoppedError
 from longnet_hpc.evaluate import Subject
 from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.progress import steps_bar
-from longnet_hpc.record import append_record
+from longnet_hpc.record import append_record, read_records
 from longnet_hpc.stopping import StopRequest
 from longnet_hpc.sweep import chunk_bounds, slice_of_chunk
 
@@ -121,11 +121,11 @@ class _Evaluation:
             "dtype": str(compute.dtype).removeprefix("torch."), "half_residual": config.half_residual,
         }  # fmt: skip
         with agreed(launch.comm), self._naming_errors():
-            is_left = self._load()
+            self._load()
         with agreed(launch.comm), self._naming_errors():
-            if launch.rank == 0 and not is_left:
+            if launch.rank == 0:
                 subject.folder.mkdir(parents=True, exist_ok=True)
-                (subject.folder / CHUNKS_NAME).unlink(missing_ok=True)
+                self._keep_lines()
 
     def run(self, stop: StopRequest) -> Streamed:
         """Do all chunks that are left."""
@@ -222,16 +222,30 @@ class _Evaluation:
             if self.launch.rank == 0:
                 replace_file(path, lambda partial: save_file(tensors, partial, metadata))
 
-    def _load(self) -> bool:
+    def _keep_lines(self) -> None:
+        """Keep the lines of chunks that are done; a job that was killed may have written more."""
+        path = self.subject.folder / CHUNKS_NAME
+        if not path.is_file():
+            return
+        lines = [line for line in read_records(path) if line["first_token"] < self.stream.position]
+        replace_file(path, lambda partial: partial.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+
+    def _load(self) -> None:
         """Take up what `_save` kept, if it is of this evaluation; on each rank for itself."""
         path, device = self.subject.folder / STATE_NAME, self.subject.compute.device
         if not path.is_file():
-            return False
+            return
         kinds = (OSError, SafetensorError, json.JSONDecodeError)
         with naming_errors(f"cannot read {path}", kinds, CheckpointError), safe_open(path, "pt", str(device)) as file:
             about = json.loads((file.metadata() or {}).get("longnet_hpc", "{}"))
-            if any(about.get(name) != value for name, value in self.facts.items()):
-                return False
+            others = {name: about.get(name) for name, value in self.facts.items() if about.get(name) != value}
+            if others:
+                if self.launch.rank == 0:
+                    differences = "; ".join(f"{name} {its}, not {self.facts[name]}" for name, its in others.items())
+                    logging.getLogger("longnet_hpc").warning(
+                        "warning: %s is of another evaluation (%s): this one starts anew", path, differences
+                    )
+                return
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 kind, *place = name.split(".")
                 if kind == "rows":
@@ -240,7 +254,6 @@ class _Evaluation:
                 for name, totals in self._totals().items():
                     totals.sums.copy_(file.get_tensor(name))
         self.stream.position, self.seconds_before = about["position"], about["seconds"]
-        return True
 
     def _rows(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         for layer, carry in enumerate(self.stream.carries):

@@ -149,10 +149,31 @@ def test_evaluation_that_was_left_is_gone_on_with_on_other_ranks(corpus, trained
     assert ours["seconds"] > read_records(tmp_path / "eval" / "chunks.jsonl")[1]["seconds"]
 
 
-def test_state_of_another_evaluation_is_not_gone_on_with(corpus, trained, tmp_path):
+def test_no_context_is_longer_than_the_widest_segment(corpus, tmp_path):
+    folder, pattern = tmp_path / "run", ("--model.segment-lengths", "48", "200", "--steps", "1")
+    assert main(train_words(corpus, folder, *pattern)) == 0
+    assert main(eval_words(corpus, folder, tmp_path / "eval", *STREAM)) == 0
+    ours = results(tmp_path / "eval")
+    assert ours["loss_by_context"][-1]["last_context"] == 200
+    assert ours["loss_by_position"][-1]["last_position"] == SEQ_LEN
+
+
+def test_lines_of_chunks_that_a_killed_job_did_after_its_state_do_not_come_twice(corpus, trained, tmp_path):
+    words = eval_words(corpus, trained, tmp_path / "eval", *STREAM)
+    assert main([*words, "--stop-after", "0"]) == 75
+    for first in (CHUNK_LEN, 2 * CHUNK_LEN):
+        append_record(tmp_path / "eval" / "chunks.jsonl", {"first_token": first, "tokens": CHUNK_LEN, "loss": 99.0})
+    assert main(words) == 0
+    lines = read_records(tmp_path / "eval" / "chunks.jsonl")
+    assert [line["first_token"] for line in lines] == list(range(0, SEQ_LEN, CHUNK_LEN))
+    assert max(line["loss"] for line in lines) < 99.0
+
+
+def test_state_of_another_evaluation_is_not_gone_on_with(corpus, trained, tmp_path, caplog):
     words = eval_words(corpus, trained, tmp_path / "eval", *STREAM)
     assert main([*words, "--stop-after", "0"]) == 75
     assert main([*words, "--chunk-len", "350"]) == 0
+    assert "stream.safetensors is of another evaluation (chunk_len 97, not 350): this one starts anew" in caplog.text
     assert [line["tokens"] for line in read_records(tmp_path / "eval" / "chunks.jsonl")] == [350, 350]
     assert results(tmp_path / "eval")["tokens"] == SEQ_LEN
     assert not (tmp_path / "eval" / "stream.safetensors").exists()
@@ -354,6 +375,13 @@ def test_impossible_stream_is_one_line(corpus, trained, tmp_path, capsys, comman
     assert len(lines) == 1
     assert words in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_main_job_evaluates_as_it_trains(corpus, tmp_path):
+    assert main(train_words(corpus, tmp_path / "run", *STREAM, "--steps", "1", "--half-residual")[1:]) == 0
+    ours = results(tmp_path / "run" / "eval-corpus-step-1")
+    assert (ours["tokens"], ours["chunk_len"]) == (SEQ_LEN, CHUNK_LEN)
+    assert "half_residual = true" in (tmp_path / "run" / "eval-corpus-step-1" / "config.toml").read_text()
 
 
 def test_run_starts_from_the_weights_of_another(corpus, trained, tmp_path):
