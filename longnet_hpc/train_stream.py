@@ -34,6 +34,7 @@ CHUNKS_NAME, STATE_NAME, ROWS_NAME = "chunks.jsonl", "sweep.safetensors", "rows.
 """Files in the folder of a run: a line a chunk; and, where a step was left, its state and the rows of its sequence."""
 _MEMORY_SHARE = 0.6
 """Share of the free memory of a node that rows may take, before they go to a file."""
+_MEMINFO = Path("/proc/meminfo")
 
 
 class StreamTrainer(Trainer):
@@ -55,7 +56,7 @@ class StreamTrainer(Trainer):
             layers=model.layers, batch=1, heads=model.heads, head_dim=model.head_dim,
             itemsize=self.compute.dtype.itemsize,
         )  # fmt: skip
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / self.launch.node_size
+        free = _free_memory() / self.launch.node_size
         self.in_file = any(allgather_objects(self.launch.comm, self.rows_bytes > _MEMORY_SHARE * free))
         if self.launch.rank == 0:
             logging.getLogger("longnet_hpc").info(
@@ -216,6 +217,14 @@ class StreamTrainer(Trainer):
                 parameter.grad = tensors[f"gradient.{name}"]
         if not (self.in_file and self._has_rows()):
             sweep.store.load(self.folder / ROWS_NAME)
+
+
+def _free_memory() -> int:
+    """Return the bytes that this node can give to a process: what Linux has cached of files counts as free."""
+    if _MEMINFO.is_file():
+        sizes = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _about(file: Any) -> dict[str, Any]:

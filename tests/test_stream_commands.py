@@ -318,6 +318,14 @@ def test_time_of_a_job_is_not_that_of_each_step(corpus, tmp_path, monkeypatch, c
     assert "left in step 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("available", "place"), [(10**6, "in host memory"), (0, "in a file")])
+def test_what_is_cached_of_files_counts_as_free_memory(corpus, tmp_path, monkeypatch, caplog, available, place):
+    (tmp_path / "meminfo").write_text(f"MemTotal:  2000000 kB\nMemFree:  0 kB\nMemAvailable:  {available} kB\n")
+    monkeypatch.setattr(train_stream, "_MEMINFO", tmp_path / "meminfo")
+    assert main(train_words(corpus, tmp_path / "run", *STREAM, "--steps", "1")) == 0
+    assert place in caplog.text
+
+
 def test_rows_in_a_file_of_a_killed_job_are_not_used(corpus, trained, tmp_path, monkeypatch):
     assert main(train_words(corpus, tmp_path / "run", *STREAM, "--stop-at", "1")) == 0
     (tmp_path / "run" / "rows.h5").write_bytes(b"half a file")
