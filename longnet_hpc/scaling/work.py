@@ -1,0 +1,156 @@
+"""What one rank does in the attention of one layer, counted from geometry: arithmetic, rows received and sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from longnet_hpc.partition import Partition, Run
+from longnet_hpc.pattern import Branch, Pattern
+
+__all__ = ["AttentionWork", "attention_work", "ranks_to_look_at"]
+
+_ALL_RANKS_UP_TO = 64
+"""Numbers of ranks of which each is looked at; of more, some: geometry repeats from node to node."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """Causal attention of one layer and one sequence on one rank. Rows are keys and values of head_dim each."""
+
+    pairs: int
+    """Queries times the keys that they see, over all heads; ``4 * head_dim`` FLOP each, forward."""
+    calls: int
+    """Pieces of segments that are computed by themselves, an estimate of how many kernels start."""
+    received: int
+    """Rows that come from other ranks in the forward pass, and whose gradients go back in the backward pass."""
+    received_within: int
+    """Of these, rows from ranks of the same node."""
+    sent: int
+    """Rows that go to other ranks in the forward pass, and whose gradients come back, one for each receiver."""
+    messages: int
+    """Ranks from which rows come, counted once an exchange."""
+    carried: int = 0
+    """Rows of other ranks that a stream keeps for later chunks."""
+
+    def __add__(self, other: AttentionWork) -> AttentionWork:
+        sums = (getattr(self, name) + getattr(other, name) for name in self.__slots__)
+        return AttentionWork(*sums)
+
+
+def attention_work(
+    pattern: Pattern,
+    partition: Partition,
+    rank: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    ranks_per_node: int = 1,
+    seq_len: int | None = None,
+) -> AttentionWork:
+    """Count what a rank does.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        The branches.
+    partition : Partition
+        The slices of all ranks; of a chunk, if it does not hold the whole sequence.
+    rank : int
+        The rank.
+    heads, kv_heads : int
+        Query heads, and key/value heads.
+    ranks_per_node : int
+        Neighbouring ranks that share a node.
+    seq_len : int, optional
+        Length of the sequence that a chunk belongs to, in tokens; that of the partition by default.
+    """
+    total = AttentionWork(0, 0, 0, 0, 0, 0)
+    for branch in pattern:
+        total += _of_branch(branch, partition, rank, heads, kv_heads, ranks_per_node, seq_len or partition.stop)
+    return total
+
+
+def _of_branch(
+    branch: Branch, partition: Partition, rank: int, heads: int, kv_heads: int, ranks_per_node: int, seq_len: int
+) -> AttentionWork:
+    w, start, stop = branch.segment_length, partition.bounds[rank], partition.bounds[rank + 1]
+    node_start = partition.bounds[rank - rank % ranks_per_node]
+    pairs = calls = received = within = sent = messages = carried = 0
+    for run in partition.runs(branch, rank):
+        position = start + run.start
+        segment = position - run.phase
+        first_here = max(segment, partition.start)  # of the segment's tokens, the first that this chunk has
+        calls += run.count * len(branch.offsets(heads))
+        for offset in branch.offsets(heads):
+            rows = run.rows(branch, offset)
+            if rows == 0:
+                continue
+            at_offset = branch.heads_at(offset, heads)
+            rows_before = _rows_before(branch, offset, run.phase)
+            pairs += run.count * len(at_offset) * (rows * (rows + 1) // 2 + rows * rows_before)
+            kv = len(set(branch.kv_heads_at(offset, heads, kv_heads)))
+            received += kv * _rows_between(branch, offset, segment, first_here, position)
+            within += kv * _rows_between(branch, offset, segment, max(first_here, node_start), position)
+        if position > first_here:
+            messages += sum(1 for other in range(rank) if partition.bounds[other + 1] > first_here)
+    last = stop - 1 - (stop - 1) % w  # start of the segment that the slice ends in
+    end = min(last + w, partition.stop)
+    if stop > start and end > stop:
+        begin = max(last, start)
+        for offset in branch.offsets(heads):
+            own = _rows_between(branch, offset, last, begin, stop)
+            kv = len(set(branch.kv_heads_at(offset, heads, kv_heads)))
+            sent += own * kv * _receivers(branch, offset, last, end, partition, rank) if own else 0
+    if partition.stop < seq_len and partition.stop % w:
+        carried = _carried(branch, partition, rank, heads)
+    return AttentionWork(pairs, calls, received, within, sent, messages, carried)
+
+
+def _rows_before(branch: Branch, offset: int, tokens: int) -> int:
+    """Return the rows of a grid in the first ``tokens`` tokens of a segment."""
+    return Run(0, tokens, 1, 0).rows(branch, offset)
+
+
+def _rows_between(branch: Branch, offset: int, segment: int, start: int, stop: int) -> int:
+    """Return the rows of a grid of the segment that starts at ``segment``, among positions of the sequence."""
+    start = max(segment, start)
+    return (
+        _rows_before(branch, offset, stop - segment) - _rows_before(branch, offset, start - segment)
+        if stop > start
+        else 0
+    )
+
+
+def _receivers(branch: Branch, offset: int, segment: int, end: int, partition: Partition, rank: int) -> int:
+    """Return how many later ranks have queries on a grid of a segment, and so need its keys."""
+    count = 0
+    for other in range(rank + 1, partition.size):
+        low, high = partition.bounds[other], min(end, partition.bounds[other + 1])
+        if low >= end:
+            break
+        whole = high - low >= branch.dilation_rate  # then every grid has a row there
+        count += 1 if whole else _rows_between(branch, offset, segment, low, high) > 0
+    return count
+
+
+def _carried(branch: Branch, partition: Partition, rank: int, heads: int) -> int:
+    """Return the rows that other ranks leave of the segment open at the end of a chunk, a column a query head."""
+    segment = partition.stop - partition.stop % branch.segment_length
+    start, stop = partition.bounds[rank], partition.bounds[rank + 1]
+    rows = 0
+    for offset in branch.offsets(heads):
+        all_of_chunk = _rows_between(branch, offset, segment, partition.start, partition.stop)
+        own = _rows_between(branch, offset, segment, start, stop)
+        rows += (all_of_chunk - own) * len(branch.heads_at(offset, heads))
+    return rows
+
+
+def ranks_to_look_at(size: int, ranks_per_node: int) -> list[int]:
+    """Return the ranks among which the slowest is looked for: all, or of many, some at the ends of nodes."""
+    if size <= _ALL_RANKS_UP_TO:
+        return list(range(size))
+    nodes = -(-size // ranks_per_node)
+    some: Iterable[int] = {0, 1, nodes // 4, nodes // 2, 3 * nodes // 4, nodes - 2, nodes - 1}
+    ends = {rank for node in some for rank in (node * ranks_per_node, (node + 1) * ranks_per_node - 1)}
+    return sorted(rank for rank in {*ends, size - 1} if 0 <= rank < size)
