@@ -50,6 +50,10 @@ def test_rows_are_those_of_the_exchange(situation, ranks_per_node):
         work = attention_work(pattern, partition, rank, heads, kv_heads, ranks_per_node=ranks_per_node)
         assert work.received == sum(sum(layout.recv_counts) for layout in layouts)
         assert work.sent == sum(sum(layout.send_counts) for layout in layouts)
+        assert work.messages == sum(len(layout.sources) for layout in layouts)
+        assert work.messages_within == sum(
+            source // ranks_per_node == node for layout in layouts for source in layout.sources
+        )
         assert work.received_within == sum(
             count
             for layout in layouts

@@ -53,6 +53,8 @@ class PlanConfig(_StepConfig):
     """Machine by name (plan --machine list shows them), or a TOML file that calibrate wrote."""
     ranks: tuple[int, ...] = (1,)
     """Numbers of ranks to forecast, one GPU (or core) a rank."""
+    ranks_per_node: int | None = None
+    """Ranks on each node; more than it has GPUs (or cores) share them. None means one each."""
     seq_len: int = 1 << 20
     """Length of a sequence over all ranks, in tokens."""
     stream: bool = False
@@ -65,7 +67,7 @@ class PlanConfig(_StepConfig):
     """JSON file to write, one record a number of ranks; - for standard output instead of the table."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size", "seq_len", "chunk_len", "steps")
+        at_least(self, 1, "batch_size", "ranks_per_node", "seq_len", "chunk_len", "steps")
         if not self.ranks or min(self.ranks) < 1:
             raise ConfigError(f"ranks must be at least 1, got {' '.join(map(str, self.ranks)) or 'none'}")
         if max(self.ranks) > self.seq_len:

@@ -1,4 +1,4 @@
-"""Machines that runs are forecast for, described by small TOML files: measured by ``calibrate``, or from data sheets."""
+"""Machines that runs are forecast for, as small TOML files: measured by ``calibrate``, or from data sheets."""
 
 from __future__ import annotations
 

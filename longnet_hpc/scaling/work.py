@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from longnet_hpc.partition import Partition, Run
 from longnet_hpc.pattern import Branch, Pattern
@@ -30,12 +32,18 @@ class AttentionWork:
     """Rows that go to other ranks in the forward pass, and whose gradients come back, one for each receiver."""
     messages: int
     """Ranks from which rows come, counted once an exchange."""
-    carried: int = 0
+    messages_within: int
+    """Of these, ranks of the same node."""
+    carried: int
     """Rows of other ranks that a stream keeps for later chunks."""
 
     def __add__(self, other: AttentionWork) -> AttentionWork:
         sums = (getattr(self, name) + getattr(other, name) for name in self.__slots__)
         return AttentionWork(*sums)
+
+    def times(self, numerator: int, denominator: int) -> AttentionWork:
+        """Return a multiple, rounded down."""
+        return AttentionWork(*(getattr(self, name) * numerator // denominator for name in self.__slots__))
 
 
 def attention_work(
@@ -65,7 +73,7 @@ def attention_work(
     seq_len : int, optional
         Length of the sequence that a chunk belongs to, in tokens; that of the partition by default.
     """
-    total = AttentionWork(0, 0, 0, 0, 0, 0)
+    total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0)
     for branch in pattern:
         total += _of_branch(branch, partition, rank, heads, kv_heads, ranks_per_node, seq_len or partition.stop)
     return total
@@ -76,7 +84,7 @@ def _of_branch(
 ) -> AttentionWork:
     w, start, stop = branch.segment_length, partition.bounds[rank], partition.bounds[rank + 1]
     node_start = partition.bounds[rank - rank % ranks_per_node]
-    pairs = calls = received = within = sent = messages = carried = 0
+    pairs = calls = received = within = sent = messages = messages_within = carried = 0
     for run in partition.runs(branch, rank):
         position = start + run.start
         segment = position - run.phase
@@ -93,7 +101,10 @@ def _of_branch(
             received += kv * _rows_between(branch, offset, segment, first_here, position)
             within += kv * _rows_between(branch, offset, segment, max(first_here, node_start), position)
         if position > first_here:
-            messages += sum(1 for other in range(rank) if partition.bounds[other + 1] > first_here)
+            sources = rank + 1 - bisect_right(partition.bounds, first_here)
+            messages += sources
+            messages_within += min(sources, rank % ranks_per_node)
+    shortest = min(high - low for low, high in pairwise(partition.bounds))
     last = stop - 1 - (stop - 1) % w  # start of the segment that the slice ends in
     end = min(last + w, partition.stop)
     if stop > start and end > stop:
@@ -101,10 +112,10 @@ def _of_branch(
         for offset in branch.offsets(heads):
             own = _rows_between(branch, offset, last, begin, stop)
             kv = len(set(branch.kv_heads_at(offset, heads, kv_heads)))
-            sent += own * kv * _receivers(branch, offset, last, end, partition, rank) if own else 0
+            sent += own * kv * _receivers(branch, offset, last, end, partition, rank, shortest) if own else 0
     if partition.stop < seq_len and partition.stop % w:
         carried = _carried(branch, partition, rank, heads)
-    return AttentionWork(pairs, calls, received, within, sent, messages, carried)
+    return AttentionWork(pairs, calls, received, within, sent, messages, messages_within, carried)
 
 
 def _rows_before(branch: Branch, offset: int, tokens: int) -> int:
@@ -122,15 +133,20 @@ def _rows_between(branch: Branch, offset: int, segment: int, start: int, stop: i
     )
 
 
-def _receivers(branch: Branch, offset: int, segment: int, end: int, partition: Partition, rank: int) -> int:
+def _receivers(
+    branch: Branch, offset: int, segment: int, end: int, partition: Partition, rank: int, shortest: int
+) -> int:
     """Return how many later ranks have queries on a grid of a segment, and so need its keys."""
+    bounds, rate = partition.bounds, branch.dilation_rate
+    if shortest >= rate:  # every grid has a row on every rank, but perhaps on the last
+        last = bisect_left(bounds, end) - 1
+        return last - rank - (_rows_between(branch, offset, segment, bounds[last], end) == 0)
+    row = -(-(bounds[rank + 1] - segment - offset) // rate)  # the first row after the slice
     count = 0
-    for other in range(rank + 1, partition.size):
-        low, high = partition.bounds[other], min(end, partition.bounds[other + 1])
-        if low >= end:
-            break
-        whole = high - low >= branch.dilation_rate  # then every grid has a row there
-        count += 1 if whole else _rows_between(branch, offset, segment, low, high) > 0
+    while (position := segment + offset + row * rate) < end:
+        other = bisect_right(bounds, position) - 1
+        count += 1
+        row = -(-(bounds[other + 1] - segment - offset) // rate)
     return count
 
 

@@ -1,0 +1,136 @@
+"""Memory of one rank, by what it is for: weights, optimizer, gradients, activations, rows of others, buffers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from longnet_hpc.chunk import carried_bytes, kept_rows
+from longnet_hpc.scaling.config import PlanConfig
+from longnet_hpc.scaling.machine import Machine
+
+__all__ = ["Memory", "chunk_that_fits", "memory_of_rank"]
+
+_UPDATE_BYTES = 8
+"""Per parameter, while weights are updated: the flat gradient of this rank, and the sum over ranks."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank on its device at the worst moment of a step."""
+
+    process: int
+    """What it takes before it has any tensor."""
+    weights: int
+    """float32 weights, and their copies in half precision."""
+    optimizer: int
+    """Two moments."""
+    gradients: int
+    """Gradients of the weights."""
+    activations: int
+    """What is kept for the backward pass, and what one block needs besides."""
+    rows: int
+    """Rows of other ranks and of earlier chunks."""
+    buffers: int
+    """Of exchanges, and of the update of the weights where that is more than all activations."""
+    host: int
+    """In host memory (or a file), rows of a stream that wait for the way back; not part of the total."""
+
+    @property
+    def total(self) -> int:
+        """All but `host`."""
+        everything: dict[str, int] = asdict(self)
+        return sum(everything.values()) - self.host
+
+    def table(self) -> dict[str, int]:
+        """Return the bytes by name, with the total."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class _PerFeature:
+    """Bytes for each token and feature of the width, as measured (docs/LOG.md, 2026-11-26)."""
+
+    block: float
+    """A block keeps for its backward pass, besides the feed-forward layer."""
+    inner: float
+    """The same of the feed-forward layer, for each multiple of the width."""
+    wide_residual: float
+    """More of that where the residual stream is float32 and products are not."""
+    backward: float
+    """What the backward pass needs besides."""
+    forward: float
+    """What a forward pass alone needs, besides the feed-forward layer."""
+    forward_inner: float
+    """The same of the feed-forward layer, for each multiple of the width."""
+
+
+_COMPILED_HALF = _PerFeature(block=17.5, inner=4.0, wide_residual=6.0, backward=16.0, forward=4.7, forward_inner=4.0)
+_EAGER_SINGLE = _PerFeature(block=36.9, inner=12.0, wide_residual=0.0, backward=40.0, forward=20.0, forward_inner=8.0)
+
+
+def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: int) -> Memory:
+    """Return what a rank needs.
+
+    Parameters
+    ----------
+    config : PlanConfig
+        Model and step.
+    machine : Machine
+        Where it runs.
+    tokens : int
+        Tokens that the rank computes at once, of one sequence: of its slice, or its part of a chunk.
+    received : int
+        Rows that it receives from other ranks, a layer and sequence; see `work.AttentionWork`.
+    """
+    model, training, itemsize = config.model, config.task == "train", machine.itemsize
+    parameters = model.parameter_count
+    row_bytes = 2 * model.head_dim * itemsize * config.batch_size
+    activations = int(tokens * config.batch_size * model.embed_dim * _bytes_per_feature(config, machine))
+    keeps_rows = training and not (config.activation_checkpointing and not config.keep_attention)
+    rows = received * row_bytes * (model.layers if keeps_rows else 1)
+    host = 0
+    if config.stream:
+        carried = sum(kept_rows(branch, config.seq_len) for branch in model.pattern)
+        width = model.heads * model.head_dim
+        rows += carried * width * 2 * (itemsize + (4 if training else 0)) * model.layers
+        if training:
+            host = carried_bytes(
+                model.pattern, config.chunk_len or config.seq_len, config.seq_len,
+                layers=model.layers, batch=1, heads=model.heads, head_dim=model.head_dim, itemsize=itemsize,
+            )  # fmt: skip
+    buffers = 2 * received * row_bytes
+    if training:
+        buffers += max(0, _UPDATE_BYTES * parameters - activations)
+    return Memory(
+        process=machine.process_bytes,
+        weights=(4 + (itemsize if itemsize < 4 else 0)) * parameters,
+        optimizer=8 * parameters if training else 0,
+        gradients=4 * parameters if training else 0,
+        activations=activations,
+        rows=rows,
+        buffers=buffers,
+        host=host,
+    )
+
+
+def _bytes_per_feature(config: PlanConfig, machine: Machine) -> float:
+    """Return the bytes of activations for each token and feature."""
+    model, half = config.model, machine.itemsize < 4
+    per = _COMPILED_HALF if half else _EAGER_SINGLE
+    wide = per.wide_residual if half and not config.half_residual else 0.0
+    if config.task == "eval":
+        return per.forward + per.forward_inner * model.ffn_ratio + wide / 2
+    block = per.block + per.inner * model.ffn_ratio + wide
+    if not config.activation_checkpointing:
+        return block * model.layers + per.backward
+    residual = 2.0 if half and config.half_residual else 4.0
+    kept = residual + (machine.itemsize + 4 / model.head_dim if config.keep_attention else 0.0)
+    return kept * model.layers + block + (0.0 if half else per.backward)
+
+
+def chunk_that_fits(config: PlanConfig, machine: Machine, capacity: int) -> int:
+    """Return the longest chunk of a stream that a rank has memory for: a power of two of tokens, from 32,768 on."""
+    chunk = 1 << 15
+    while chunk < 1 << 22 and memory_of_rank(config, machine, 2 * chunk, 0).total < 0.85 * capacity:
+        chunk *= 2
+    return chunk
