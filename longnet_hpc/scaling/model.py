@@ -23,7 +23,7 @@ from longnet_hpc.scaling.machine import Machine
 from longnet_hpc.scaling.memory import Memory, chunk_that_fits, memory_of_rank
 from longnet_hpc.scaling.work import AttentionWork, attention_work, ranks_to_look_at
 
-__all__ = ["Forecast", "LayerSeconds", "forecast", "layer_seconds"]
+__all__ = ["Forecast", "LayerSeconds", "forecast", "head_seconds", "layer_seconds"]
 
 _BUCKET_BYTES = 1 << 26
 """Largest part of a sum over ranks that is exchanged at once; see `comm.collectives`."""
@@ -241,7 +241,7 @@ def _seconds(
         passes.forward * min(layer.exchange, layer.attention)
         + passes.backward * min(layer.exchange, layer.attention_backward)
     )
-    head = _head_seconds(config, machine, tokens, share)
+    head = head_seconds(config, machine, tokens, share)
     return _RankSeconds(
         layers * (attention + blocks) + head, layers * attention, layers * exchange, layers * (exchange - hidden)
     )
@@ -287,7 +287,7 @@ def layer_seconds(
     )  # fmt: skip
 
 
-def _head_seconds(config: PlanConfig, machine: Machine, tokens: float, share: float) -> float:
+def head_seconds(config: PlanConfig, machine: Machine, tokens: float, share: float) -> float:
     """Return the time of the product with the vocabulary, and of the loss; once more in a stream's way back."""
     model, blocks, training = config.model, machine.blocks, config.task == "train"
     logits = tokens * config.batch_size * model.vocab_size * share
