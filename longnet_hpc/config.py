@@ -209,6 +209,8 @@ class TrainConfig(ComputeConfig):
     """Folder of a run to go on with, from its last checkpoint, or step 0 without one; any number of ranks."""
     folder: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
     """Folder of this run, must not exist. None means runs/ and the time."""
+    trace: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """File for a trace of all ranks, to be seen in Perfetto or Chrome; on a GPU it costs a little time."""
     stop_at: int | None = field(default=None, metadata=THIS_CALL_ONLY)
     """Step after which to save and stop early, for a job with a time limit, in steps; above those done before."""
     corpus: Path | None = None
@@ -315,6 +317,8 @@ class EvalConfig(ComputeConfig):
     """Sequences in one forward pass."""
     max_batches: int | None = None
     """Number of batches that are evaluated, from the start of the corpus. None means all."""
+    trace: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """File for a trace of all ranks, to be seen in Perfetto or Chrome; on a GPU it costs a little time."""
     output: Path | None = None
     """Folder of the results, replaced if it has any. None means one near the checkpoint, after corpus and step."""
 

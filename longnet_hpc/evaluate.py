@@ -26,6 +26,7 @@ from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, where
+from longnet_hpc.trace import span
 from longnet_hpc.train import RECORD_NAME
 
 __all__ = ["RESULT_NAME", "Evaluation", "Subject", "evaluate", "write_evaluation"]
@@ -207,9 +208,9 @@ def _sum_by_context(config: EvalConfig, launch: Launch, subject: Subject) -> tor
     done = 0
     with reader, steps_bar(launch.rank, "eval", batches, unit="batch") as update:
         for _ in range(batches):
-            with agreed(launch.comm):
+            with agreed(launch.comm), span("input", "tokens"):
                 inputs, targets = (part.to(compute.device) for part in next(reader))
-            with compute.autocast():
+            with compute.autocast(), span("compute", "forward"):
                 losses = model.token_losses(inputs, targets, plan)
             wide = losses.double()
             totals[0] += inputs.shape[0] * torch.bincount(bins, minlength=totals.shape[1])

@@ -28,6 +28,7 @@ from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, read_records
 from longnet_hpc.stopping import StopRequest
 from longnet_hpc.sweep import chunk_bounds, slice_of_chunk
+from longnet_hpc.trace import span
 
 __all__ = ["CHUNKS_NAME", "STATE_NAME", "Streamed", "sum_stream"]
 
@@ -195,7 +196,12 @@ class _Evaluation:
     def _chunk(self, its: range, tokens: torch.Tensor, targets: torch.Tensor, *, compiled: bool) -> torch.Tensor:
         """Compute this rank's slice of a chunk, add up its losses, and return their sum, on the device."""
         compute = self.subject.compute
-        with self.stream.next_chunk(len(its)) as plan, compute.eagerly(not compiled), compute.autocast():
+        with (
+            self.stream.next_chunk(len(its)) as plan,
+            compute.eagerly(not compiled),
+            compute.autocast(),
+            span("compute", "forward"),
+        ):
             losses = self.model.token_losses(tokens, targets, plan)[0]
         self.by_position.add(losses, its.start + 1)
         start = its.start

@@ -21,6 +21,7 @@ from longnet_hpc.attention.branch import attend, attend_backward, attend_pieces,
 from longnet_hpc.attention.sums import HeldGradients, gradient_sum, wide_dtype
 from longnet_hpc.exchange import Rows
 from longnet_hpc.grids import row_grids
+from longnet_hpc.trace import span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ def mix(
     Where the plan is of a chunk, queries also see the rows that ``carry`` has of earlier chunks, as ``crossing`` says.
     """
     # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
-    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False), span("compute", "attention"):
         backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
@@ -115,7 +116,11 @@ def mix_backward(
     crossing: Crossing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of queries, keys and values (adjoint of `mix`, with merged statistics)."""
-    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
+    with (
+        torch.cuda.device_of(q),
+        torch.autocast(q.device.type, enabled=False),
+        span("compute", "gradient of attention"),
+    ):
         backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]

@@ -63,6 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from longnet_hpc.comm import agree
     from longnet_hpc.comm.launch import start
     from longnet_hpc.comm.meeting import Meeting
+    from longnet_hpc.trace_file import traced
 
     try:
         if isinstance(config, ComputeConfig):
@@ -78,7 +79,8 @@ def main(words: Sequence[str] | None = None) -> int:
     _log_on(launch)
     try:
         agree(launch.comm, mistake)
-        _COMMANDS[command](config, launch)
+        with traced(getattr(config, "trace", None), launch):
+            _COMMANDS[command](config, launch)
     except StoppedError as stopped:
         if launch.rank == 0:
             _say(("stopped", str(stopped)))

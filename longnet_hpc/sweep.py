@@ -13,6 +13,7 @@ from longnet_hpc.carry_store import RowStore
 from longnet_hpc.chunk import Chunk
 from longnet_hpc.partition import Partition
 from longnet_hpc.stream import SequenceStream
+from longnet_hpc.trace import span
 
 if TYPE_CHECKING:
     from longnet_hpc.model import LongNet
@@ -111,7 +112,7 @@ class GradientSweep:
     def _forward(self, chunk: range, read: Read) -> None:
         its = slice_of_chunk(chunk, self._rank, self._size)
         tokens, _ = read(its)
-        with torch.no_grad(), self.stream.next_chunk(len(its)) as plan, self._autocast():
+        with torch.no_grad(), self.stream.next_chunk(len(its)) as plan, self._autocast(), span("compute", "forward"):
             self.model.hidden(tokens, plan, dropout_seed=self._dropout_seed)
         self.stream.settle()
         self.store.keep(self.stream.carries, plan.chunk)
@@ -124,7 +125,8 @@ class GradientSweep:
                 before = self.order[self.done + 1]
                 its_partition = Partition((before.start, *[before.stop] * self._size))
                 self.store.fetch(len(self.stream.carries), Chunk(its_partition, self.stream.seq_len))
-            with self._autocast():
+            with self._autocast(), span("compute", "forward"):
                 loss = self.model.loss(tokens, targets, plan, dropout_seed=self._dropout_seed)
-            (loss / (tokens.shape[0] * self.stream.seq_len)).backward()
+            with span("compute", "backward"):
+                (loss / (tokens.shape[0] * self.stream.seq_len)).backward()
         self.loss += loss.detach()

@@ -31,6 +31,7 @@ from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, read_metrics, where
+from longnet_hpc.trace import span
 from longnet_hpc.train_stream import StreamTrainer
 from longnet_hpc.trainer import Trainer
 
@@ -216,8 +217,9 @@ def _steps(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
 
 
 def _save_checkpoint(trainer: Trainer, folder: Path) -> None:
-    save_checkpoint(folder, trainer.checkpoint())
-    remove_old(folder, trainer.config.keep)
+    with span("checkpoint", "checkpoint"):
+        save_checkpoint(folder, trainer.checkpoint())
+        remove_old(folder, trainer.config.keep)
 
 
 def _result(trainer: Trainer, folder: Path, lines: list[dict[str, Any]], seconds: float) -> TrainResult:

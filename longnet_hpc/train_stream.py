@@ -26,6 +26,7 @@ from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record
 from longnet_hpc.stopping import StopRequest
 from longnet_hpc.sweep import GradientSweep, chunk_bounds
+from longnet_hpc.trace import span
 from longnet_hpc.trainer import Trainer
 
 __all__ = ["StreamTrainer"]
@@ -124,7 +125,8 @@ class StreamTrainer(Trainer):
                         append_record(self.folder / CHUNKS_NAME, line)
                 update(f"{'there' if there else 'and back'}, {tokens / seconds:,.0f} tokens/s")
                 if sweep.done < sweep.total and self.stop.asked(comm):
-                    self._save(sweep)
+                    with span("checkpoint", "step that is left"):
+                        self._save(sweep)
                     raise StoppedError(
                         f"left in step {self.steps_done + 1} after {sweep.done:,} of {sweep.total:,} chunks; "
                         f"train --resume {self.folder} goes on"

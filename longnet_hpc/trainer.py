@@ -19,6 +19,7 @@ from longnet_hpc.data import Corpus, SequenceReader
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import Optimizer, learning_rate
+from longnet_hpc.trace import span
 
 __all__ = ["Trainer"]
 
@@ -132,11 +133,12 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.compute.device)
         for _ in range(config.accumulation):
             dropout_seed = config.seed + self.reader.batch_index
-            with agreed(comm):
+            with agreed(comm), span("input", "tokens"):
                 inputs, targets = (part.to(self.compute.device) for part in next(self.reader))
-            with self.compute.autocast():
+            with self.compute.autocast(), span("compute", "forward"):
                 summed = self.model.loss(inputs, targets, plan, dropout_seed=dropout_seed)
-            (summed / self.tokens).backward()
+            with span("compute", "backward"):
+                (summed / self.tokens).backward()
             loss += summed.detach()
         return loss, plan.bytes_received - received_before
 
@@ -165,7 +167,8 @@ class Trainer:
         global_loss = float(all_reduce_sum(comm, loss)) / tokens
         gradient = all_reduce_sum(comm, self.optimizer.flat_gradient())
         rate = learning_rate(self.steps_done, config.steps, config.optimizer)
-        norm = self.optimizer.step(gradient, rate) if math.isfinite(global_loss) else math.nan
+        with span("compute", "update"):
+            norm = self.optimizer.step(gradient, rate) if math.isfinite(global_loss) else math.nan
         if not math.isfinite(norm):
             raise ConfigError(
                 f"training diverged in step {self.steps_done + 1}: loss {global_loss:.4g}, gradient norm {norm:.4g}; "

@@ -10,6 +10,7 @@ from longnet_hpc.comm.agreement import (
     allgather_objects,
     barrier,
     broadcast_object,
+    collect_objects,
     node_rank_and_size,
     rank_and_size,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "allgather_objects",
     "barrier",
     "broadcast_object",
+    "collect_objects",
     "groups_of",
     "node_rank_and_size",
     "rank_and_size",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from longnet_hpc.errors import LongNetError, ShapeError
+from longnet_hpc.trace import span
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -18,6 +19,7 @@ __all__ = [
     "allgather_objects",
     "barrier",
     "broadcast_object",
+    "collect_objects",
     "node_rank_and_size",
     "rank_and_size",
 ]
@@ -45,7 +47,8 @@ def node_rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
 def barrier(comm: MPI.Comm | None) -> None:
     """Wait for all ranks. Collective."""
     if comm is not None:
-        comm.Barrier()
+        with span("wait", "barrier"):
+            comm.Barrier()
 
 
 def broadcast_object(comm: MPI.Comm | None, value: T, root: int = 0) -> T:
@@ -55,7 +58,25 @@ def broadcast_object(comm: MPI.Comm | None, value: T, root: int = 0) -> T:
 
 def allgather_objects(comm: MPI.Comm | None, value: T) -> list[T]:
     """Return the values of all ranks in rank order. Collective; the values must pickle."""
-    return [value] if comm is None else comm.allgather(value)
+    if comm is None:
+        return [value]
+    with span("wait", "agreement"):
+        return comm.allgather(value)
+
+
+def collect_objects(comm: MPI.Comm | None, value: T) -> Iterator[T]:
+    """Yield the values of all ranks in rank order on rank 0, one at a time, and nothing on the others. Collective.
+
+    All ranks must exhaust it; it holds no more than one value, which must pickle.
+    """
+    rank, size = rank_and_size(comm)
+    if rank == 0:
+        yield value
+        for other in range(1, size):
+            assert comm is not None
+            yield comm.recv(source=other)
+    elif comm is not None:
+        comm.send(value, dest=0)
 
 
 def agree(comm: MPI.Comm | None, error: BaseException | None) -> None:

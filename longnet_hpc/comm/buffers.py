@@ -15,6 +15,7 @@ import torch
 
 from longnet_hpc.comm.transport import Transport, device_transport
 from longnet_hpc.errors import ShapeError
+from longnet_hpc.trace import span, transfer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,8 @@ class Pending:
         What MPI reads and writes: the tensors themselves, or their copies in pinned host memory.
     device : torch.device
         Where the result belongs.
+    what : str
+        What is sent, for traces.
 
     Attributes
     ----------
@@ -54,9 +57,11 @@ class Pending:
     """Keeps the buffers of an exchange that nobody finished, since MPI still writes to them."""
 
     def __init__(
-        self, request: MPI.Request, sendbuf: torch.Tensor, recvbuf: torch.Tensor, device: torch.device
+        self, request: MPI.Request, sendbuf: torch.Tensor, recvbuf: torch.Tensor, device: torch.device, what: str
     ) -> None:
         self._request = request
+        self._transfer = transfer(what)
+        self._what = what
         self._sendbuf: torch.Tensor | None = sendbuf
         self._recvbuf = recvbuf
         self._device = device
@@ -70,12 +75,20 @@ class Pending:
         started = time.perf_counter()
         complete = bool(self._request.Test())
         self.seconds_tested += time.perf_counter() - started
+        if complete and self._transfer is not None:
+            self._transfer.end()
+            self._transfer = None
         return complete
 
     def finish(self) -> torch.Tensor:
         """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device."""
         started = time.perf_counter()
-        self._request.Wait()
+        if self._transfer is None:
+            self._request.Wait()
+        else:
+            with span("wait", self._what):
+                self._request.Wait()
+            self._transfer.end()
         self.seconds_waited = time.perf_counter() - started
         self._sendbuf = None
         self._in_flight.discard(self)
@@ -88,6 +101,8 @@ def start_alltoallv(
     send_counts: Sequence[int],
     send_starts: Sequence[int],
     recv_counts: Sequence[int],
+    *,
+    what: str = "rows",
 ) -> Pending:
     """Start sending rows of one tensor to every rank and receiving theirs.
 
@@ -101,6 +116,8 @@ def start_alltoallv(
         For each rank, how many rows it gets and which is the first; ranks may get the same rows.
     recv_counts : sequence of int
         How many rows come from each rank; they arrive in rank order.
+    what : str
+        What they are, for traces.
 
     Returns
     -------
@@ -140,7 +157,7 @@ def start_alltoallv(
         [_as_bytes(recv), (list(recv_counts), recv_starts), row],
     )
     row.Free()  # MPI keeps it until the exchange is complete
-    return Pending(request, send, recv, device)
+    return Pending(request, send, recv, device, what)
 
 
 def _as_bytes(tensor: torch.Tensor) -> Any:

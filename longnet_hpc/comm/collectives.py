@@ -15,6 +15,7 @@ import torch
 from longnet_hpc.comm.agreement import rank_and_size
 from longnet_hpc.comm.buffers import Pending, start_alltoallv
 from longnet_hpc.errors import ShapeError
+from longnet_hpc.trace import span
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,12 +52,16 @@ class RowGather:
 
         Finishing gives shape ``(sum(recv_counts), width)``, the received blocks in rank order.
         """
-        return start_alltoallv(self.comm, offered, self.send_counts, self.send_starts, self.recv_counts)
+        return start_alltoallv(
+            self.comm, offered, self.send_counts, self.send_starts, self.recv_counts, what="keys and values"
+        )
 
     def start_adjoint(self, received_grad: torch.Tensor) -> Pending:
         """Start sending gradients of received rows, ``(sum(recv_counts), width)``, back to their owners. Collective."""
         starts = [0, *accumulate(self.recv_counts)][:-1]
-        return start_alltoallv(self.comm, received_grad, self.recv_counts, starts, self.send_counts)
+        return start_alltoallv(
+            self.comm, received_grad, self.recv_counts, starts, self.send_counts, what="gradients of keys and values"
+        )
 
     def finish_adjoint(self, pending: Pending, offered_grad: torch.Tensor) -> torch.Tensor:
         """Add what came back onto ``offered_grad``, ``(rows, width)``, float32 or wider, in rank order; return it."""
@@ -94,8 +99,9 @@ def all_reduce_sum(comm: MPI.Comm | None, tensor: torch.Tensor) -> torch.Tensor:
     if comm is None or size == 1:
         return total
     flat = total.view(-1)
-    for bucket in flat.split(max(1, BUCKET_BYTES // flat.element_size())):
-        _sum_bucket(comm, bucket)
+    with span("gradient", "sum over ranks"):
+        for bucket in flat.split(max(1, BUCKET_BYTES // flat.element_size())):
+            _sum_bucket(comm, bucket)
     return total
 
 
@@ -105,10 +111,11 @@ def _sum_bucket(comm: MPI.Comm, bucket: torch.Tensor) -> None:
     counts = [stop - start for start, stop in pairwise(bounds)]
     own = counts[comm.rank]
     rows = bucket.unsqueeze(1)
-    parts = start_alltoallv(comm, rows, counts, bounds[:-1], [own] * comm.size).finish().view(comm.size, own)
+    sent = start_alltoallv(comm, rows, counts, bounds[:-1], [own] * comm.size, what="parts of a sum")
+    parts = sent.finish().view(comm.size, own)
     wide = torch.float64 if bucket.dtype == torch.float64 else torch.float32
     total = parts[0].to(wide)
     for part in parts[1:]:
         total = total + part
     mine = total.to(bucket.dtype).unsqueeze(1).contiguous()
-    rows.copy_(start_alltoallv(comm, mine, [own] * comm.size, [0] * comm.size, counts).finish())
+    rows.copy_(start_alltoallv(comm, mine, [own] * comm.size, [0] * comm.size, counts, what="sums").finish())

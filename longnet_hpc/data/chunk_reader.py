@@ -12,6 +12,7 @@ import torch
 
 from longnet_hpc.data.corpus import Corpus
 from longnet_hpc.data.reader import as_tensor
+from longnet_hpc.trace import span
 
 __all__ = ["ChunkReader"]
 
@@ -58,7 +59,8 @@ class ChunkReader:
         assert self._slices[self._next] == its, "slices are asked for in order"
         assert self._pending is not None
         started = time.perf_counter()
-        window = self._pending.result()
+        with span("input", "tokens"):
+            window = self._pending.result()
         self.seconds_stalled += time.perf_counter() - started
         self._next += 1
         self._prefetch()
