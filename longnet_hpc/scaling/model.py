@@ -19,14 +19,17 @@ from longnet_hpc.errors import ConfigError
 from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.scaling.config import PlanConfig
-from longnet_hpc.scaling.machine import Machine
+from longnet_hpc.scaling.machine import Link, Machine
 from longnet_hpc.scaling.memory import Memory, chunk_that_fits, memory_of_rank
 from longnet_hpc.scaling.work import AttentionWork, attention_work, ranks_to_look_at
 
-__all__ = ["Forecast", "LayerSeconds", "forecast", "head_seconds", "layer_seconds"]
+__all__ = ["NEXT_MESSAGE", "Forecast", "LayerSeconds", "forecast", "head_seconds", "layer_seconds"]
 
 _BUCKET_BYTES = 1 << 26
 """Largest part of a sum over ranks that is exchanged at once; see `comm.collectives`."""
+NEXT_MESSAGE = 0.2
+"""What each further message of an exchange costs, as a part of the latency of a link, which is that of a whole exchange
+of one message: others are posted while that is under way. MPI posts a million messages a second or so."""
 _PLACES_COUNTED = 1 << 8
 """About how many ranks and chunks of a stream are counted one by one; beyond, evenly spaced chunks stand for all."""
 
@@ -272,8 +275,8 @@ def layer_seconds(
     row_bytes = 2 * model.head_dim * machine.itemsize * config.batch_size
     beyond = work.received + work.carried - work.received_within
     exchange = (
-        machine.within.latency_seconds * work.messages_within
-        + machine.between.latency_seconds * (work.messages - work.messages_within)
+        _latency(machine.within, work.messages_within)
+        + _latency(machine.between, work.messages - work.messages_within)
         + work.received_within * row_bytes * share / machine.within.bytes_per_second
         + beyond * row_bytes * share / machine.between.bytes_per_second
     )
@@ -305,10 +308,15 @@ def _gradient_sum(machine: Machine, received: int, ranks: int, per_node: int) ->
     buckets = -(-received // (2 * _BUCKET_BYTES))
     share = max(1.0, per_node / machine.devices_per_node)
     return (
-        2 * buckets * link.latency_seconds * (ranks - 1)
+        2 * buckets * _latency(link, ranks - 1)
         + (received - beyond) * share / machine.within.bytes_per_second
         + beyond * share / machine.between.bytes_per_second
     )
+
+
+def _latency(link: Link, messages: int) -> float:
+    """Return the latency of messages that are in flight together: that of one, and of each other some more."""
+    return link.latency_seconds * (1 + NEXT_MESSAGE * (messages - 1)) if messages else 0.0
 
 
 def _block_flop(model: LongNetConfig) -> int:

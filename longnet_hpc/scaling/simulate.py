@@ -56,7 +56,7 @@ class Simulated:
     compute_seconds: float
     """Computing of the rank that computes most."""
     wait_seconds: float
-    """Of that rank, waiting for exchanges of attention."""
+    """Of that rank, posting messages of exchanges of attention, and waiting for them."""
     gradient_seconds: float
     """Of that rank, the sum of the gradients; waiting for slower ranks included."""
     replay_seconds: float
@@ -201,26 +201,29 @@ def run_smpirun(smpirun: str, folder: Path, ranks: int) -> Simulated:
         words = next((line for line in said if "CRITICAL" in line or "rror" in line), said[-1] if said else "nothing")
         raise ConfigError(f"smpirun failed with status {status} on {ranks} ranks and said: {words[:200]}")
     most = max(kinds.values(), key=lambda kind: kind["compute"])
-    return Simulated(
-        seconds, most["compute"], most["wait"], most["alltoallv"], time.monotonic() - started, messages=0
-    )  # fmt: skip
+    return Simulated(seconds, most["compute"], most["wait"], most["alltoallv"], time.monotonic() - started, messages=0)
 
 
-_ACTION = re.compile(r"(\d+) (compute|wait|alltoallv|isend|irecv)\b.* ([0-9.]+)$")
+_ACTION = re.compile(r"(\d+) (compute|wait|alltoallv|sleep|isend|irecv)\b.* ([0-9.]+)$")
 """A line of the output: rank, action, what it was told, and the simulated seconds that it took."""
 _TOTAL = re.compile(r"Simulation time ([0-9.]+)")
 
 
 def _read(output: Path) -> tuple[float | None, dict[int, dict[str, float]]]:
-    """Return the simulated seconds of a step, and of each rank by action."""
+    """Return the simulated seconds of a step, and of each rank by action; posting belongs to what is posted."""
     total: float | None = None
     kinds: dict[int, dict[str, float]] = {}
+    posting: dict[int, float] = {}
     with output.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             if found := _ACTION.match(line):
                 rank, action, seconds = int(found[1]), found[2], float(found[3])
-                kind = kinds.setdefault(rank, dict.fromkeys(("compute", "wait", "alltoallv", "isend", "irecv"), 0.0))
-                kind[action] += seconds
+                kind = kinds.setdefault(rank, dict.fromkeys(("compute", "wait", "alltoallv"), 0.0))
+                if action == "sleep":
+                    posting[rank] = seconds
+                else:
+                    action = "wait" if action in ("isend", "irecv") else action
+                    kind[action] += seconds + posting.pop(rank, 0.0)
             elif found := _TOTAL.search(line):
                 total = float(found[1])
     return total, kinds

@@ -16,7 +16,7 @@ from itertools import pairwise
 from longnet_hpc.partition import Partition, SpanLayout
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Machine
-from longnet_hpc.scaling.model import head_seconds, layer_seconds
+from longnet_hpc.scaling.model import NEXT_MESSAGE, head_seconds, layer_seconds
 from longnet_hpc.scaling.platforms import HOST_FLOP_PER_SECOND
 from longnet_hpc.scaling.work import attention_work
 
@@ -102,7 +102,7 @@ def rank_trace(
     tokens = float(len(partition.slice_of(rank)))
     layer = layer_seconds(config, machine, work, tokens, share)
     exchanges = exchanges_of(config, machine, partition, rank)
-    lines = _Lines(rank, len(model.pattern))
+    lines = _Lines(rank, len(model.pattern), machine, ranks_per_node)
 
     keys = work.pairs + machine.attention.wasted_keys * work.queries
     shares = [exchange.pairs / keys if keys else 0.0 for exchange in exchanges]
@@ -143,9 +143,11 @@ def rank_trace(
 class _Lines:
     """Writes the lines of one rank."""
 
-    def __init__(self, rank: int, tags: int) -> None:
+    def __init__(self, rank: int, tags: int, machine: Machine, ranks_per_node: int) -> None:
         self.rank = rank
         self._tags = tags
+        self._machine = machine
+        self._ranks_per_node = ranks_per_node
 
     def compute(self, seconds: float) -> str:
         """Return the line of some computing, to the nanosecond."""
@@ -153,6 +155,8 @@ class _Lines:
 
     def start(self, tag: int, sources: Iterable[tuple[int, int]], targets: Iterable[tuple[int, int]]) -> Iterator[str]:
         """Yield the lines that start an exchange."""
+        sources, targets = list(sources), list(targets)
+        yield self._post(other for other, _ in targets)
         for action, others in (("irecv", sources), ("isend", targets)):
             for other, count in others:
                 for part, size in self._parts(tag, count):
@@ -180,8 +184,19 @@ class _Lines:
         own = of_rank[self.rank]
         parts = self._counts(of_rank)
         sums = self._counts([own] * ranks)
-        yield f"{self.rank} alltoallv {parts} {sums}\n"
-        yield f"{self.rank} alltoallv {sums} {parts}\n"
+        for sent, received in ((parts, sums), (sums, parts)):
+            yield self._post(rank for rank in range(ranks) if rank != self.rank)
+            yield f"{self.rank} alltoallv {sent} {received}\n"
+
+    def _post(self, others: Iterable[int]) -> str:
+        """Return the line of posting messages to others, one after the other, before all of them leave.
+
+        SMPI could let each leave when it is posted, but with no two at the same time a replay takes ten times as long.
+        """
+        node, machine = self.rank // self._ranks_per_node, self._machine
+        links = [machine.within if other // self._ranks_per_node == node else machine.between for other in others]
+        seconds = NEXT_MESSAGE * sum(link.latency_seconds for link in links)
+        return f"{self.rank} sleep {seconds:.9f}\n" if seconds else ""
 
     def _counts(self, of_ranks: list[int]) -> str:
         others = [0 if rank == self.rank else count for rank, count in enumerate(of_ranks)]
