@@ -67,7 +67,8 @@ def picture_of(
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(lambda value, _: words(value) if value <= 1.02 * most else "")
+    axes.set_xticks([value for value in axes.get_xticks() if value <= 1.02 * most])
+    axes.xaxis.set_major_formatter(lambda value, _: words(value))
     axes.set_title(title)
     handles: list[Any] = []
     parts = [part for part in colors if any(bar.parts.get(part) for bar in bars)]

@@ -167,7 +167,7 @@ def load(sources: Sequence[str]) -> Found:
         unique.setdefault(json.dumps(record, sort_keys=True), (place, record))
     if len(unique) < len(records):
         found.notes.append(f"{plural(len(records) - len(unique), 'record')} found twice, word for word, counted once")
-    in_order = sorted(unique.values(), key=lambda its: (str(its[1].get("time", "")), its[0]))
+    in_order = sorted(unique.values(), key=lambda its: str(its[1].get("time", "")))
     found.rows = [Row(number, place, record) for number, (place, record) in enumerate(in_order, start=1)]
     found.failures += [
         Failure(row.place, f"check did not pass: {row.record['check']['name']}", row)

@@ -41,6 +41,8 @@ __all__ = ["PALETTE", "Line", "Picture", "axes_of", "new_figure", "say", "style"
 INK, GREY, RULE, PAPER = "#1c2430", "#59636f", "#d7dce2", "#ffffff"
 PALETTE = ("#0b62a4", "#c04a0a", "#0c7a5c", "#8746b8", "#977000", "#b8245f", "#2f7f95", "#6d5f52")
 REST = "#8d98a5"
+_LONG_LABEL = 58
+"""Letters of an entry of a legend that needs a line for itself."""
 MARKERS = "osD^vPX<"
 DASH = (0, (4, 2.5))
 _VARIABLES = {
@@ -81,6 +83,11 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
     "lines.markersize": 6.5,
 }
+_LONG_TIMES = {
+    **{60.0: "1 min", 600.0: "10 min", 3600.0: "1 h", 36000.0: "10 h", 86400.0: "1 day", 864000.0: "10 days"},
+    **{8.64e6: "100 days", 3.15576e7: "1 year", 3.15576e8: "10 years", 3.15576e9: "100 years"},
+}
+"""Where an axis of seconds has its marks above ten of them."""
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -166,8 +173,11 @@ def kinds_of_lines(kinds: set[bool]) -> list[Line2D]:
     ]
 
 
-def place_legend(figure: Figure, handles: Sequence[Any], columns: int = 2) -> None:
-    """Put a legend below a figure."""
+def place_legend(figure: Figure, handles: Sequence[Any], columns: int | None = None) -> None:
+    """Put a legend below a figure, in as many columns as there is room for."""
+    if columns is None:
+        longest = max((len(its.get_label()) for its in handles), default=0)
+        columns = 2 if len(handles) > 3 and longest < _LONG_LABEL else 1
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=columns, handlelength=3, columnspacing=2)
 
@@ -180,6 +190,18 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], words: Callable[[f
     axis.set_major_locator(FixedLocator(marks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: words(value))
+
+
+def time_axis(axes: Axes, which: str, seconds: Sequence[float]) -> None:
+    """Make an axis of seconds logarithmic, with marks at units of time that people use."""
+    log_axis(axes, which, seconds, seconds_in_words)
+    if max(seconds) > 300 and max(seconds) > 100 * min(seconds):
+        short_ones = [10.0**exponent for exponent in range(math.floor(math.log10(min(seconds))), 2)]
+        marks = [*short_ones, *_LONG_TIMES]
+        within = [mark for mark in marks if min(seconds) / 2 < mark < 2 * max(seconds)]
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        axis.set_major_locator(FixedLocator(within[:: max(1, math.ceil(len(within) / 9))]))
+        axis.set_major_formatter(lambda value, _: _LONG_TIMES.get(value) or seconds_in_words(value))
 
 
 def say(key: str, value: object) -> str:
@@ -228,6 +250,7 @@ def to_png(picture: Picture) -> bytes:
     assert picture.figure is not None
     stream = io.BytesIO()
     picture.figure.savefig(stream, format="png", dpi=150)
+    picture.figure.set_layout_engine("none")  # everything has its place now, in an SVG, too
     return stream.getvalue()
 
 
@@ -281,7 +304,7 @@ def _cell(value: object) -> object:
 
 def _decades(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if last - first <= 2 else (1,)
+    steps = (1, 1.5, 2, 3, 4, 6) if high < 10 * low else (1, 2, 5) if last - first <= 2 else (1,)
     apart = max(1, math.ceil((last - first) / 8))
     return [step * 10.0**exponent for exponent in range(first - 1, last + 1) if exponent % apart == 0 for step in steps]
 

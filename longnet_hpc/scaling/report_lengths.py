@@ -20,6 +20,7 @@ from longnet_hpc.scaling.report_draw import (
     log_axis,
     new_figure,
     place_legend,
+    time_axis,
 )
 from longnet_hpc.scaling.report_points import fixed_in_words, gather, labels_of, points_of
 from longnet_hpc.scaling.report_words import (
@@ -92,10 +93,10 @@ def _draw_curves(name: str, title: str, curves: list[_Curve]) -> Picture:
             axes.plot(x, y, **look)
         handles.append(Line2D([], [], **look, label=curve.label))
     lengths = [x for curve in shown for x in curve.points]
-    log_axis(left, "y", [its[1] * x for curve in shown for x, its in curve.points.items()], seconds_in_words)
+    time_axis(left, "y", [its[1] * x for curve in shown for x, its in curve.points.items()])
     all_times = [its[1] for curve in shown for its in curve.points.values()]
     if max(all_times) > 20 * min(all_times):
-        log_axis(right, "y", all_times, seconds_in_words)
+        time_axis(right, "y", all_times)
     else:
         right.set_ylim(0, 1.15 * max(all_times))
         right.yaxis.set_major_formatter(lambda value, _: seconds_in_words(value))
@@ -104,7 +105,10 @@ def _draw_curves(name: str, title: str, curves: list[_Curve]) -> Picture:
         axes.set_xlabel("tokens in a sequence")
     left.set_title("Time of one sequence")
     right.set_title("Time of a token")
-    place_legend(figure, handles, columns=1 if len(handles) < 5 else 2)
+    place_legend(
+        figure,
+        handles,
+    )
     lines = [
         Line(
             (row,),
@@ -171,7 +175,8 @@ def _in_words(name: str, curves: list[_Curve]) -> list[str]:
 
 def _step_curves(rows: Sequence[Row]) -> Iterator[_Curve]:
     """Yield curves of bench step, and those of forecasts over lengths."""
-    points = points_of(rows, ("bench step", "plan", "simulate"))
+    names = {row.name for row in rows}
+    points = points_of(rows, ("bench step", "plan" if "plan" in names else "simulate"))
     labels = labels_of(points)
     for one in gather(points, "ranks"):
         first = one.first
@@ -289,7 +294,7 @@ def _draw_losses(what: str, title: str, curves: dict[str, tuple[Row, list[dict[s
     log_axis(axes, "x", all_x, tokens_in_words, base=2)
     axes.set_xlabel({"position": "position in the sequence (tokens)", "context": "context available (tokens)"}[what])
     axes.set_title("Loss (nats a token)")
-    place_legend(figure, handles, columns=1)
+    place_legend(figure, handles)
     label, (row, bins) = next(reversed(curves.items()))
     return Picture(
         f"loss_over_{what}",
@@ -349,7 +354,7 @@ def draw_exchange(rows: Sequence[Row]) -> Iterable[Picture]:
     for axes in (left, right):
         log_axis(axes, "x", [line.values["bytes"] for line in lines], bytes_in_words)
         axes.set_xlabel("bytes a rank")
-    log_axis(left, "y", [line.values["seconds"] for line in lines], seconds_in_words)
+    time_axis(left, "y", [line.values["seconds"] for line in lines])
     log_axis(right, "y", [line.values["bytes_per_second"] for line in lines], lambda its: f"{bytes_in_words(its)}/s")
     left.set_title("Time of an exchange")
     right.set_title("Rate")

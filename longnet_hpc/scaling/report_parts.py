@@ -7,7 +7,7 @@ from typing import Any
 
 from longnet_hpc.scaling.report_bars import Bar, picture_of
 from longnet_hpc.scaling.report_data import Row, as_number
-from longnet_hpc.scaling.report_draw import INK, PALETTE, REST, Picture
+from longnet_hpc.scaling.report_draw import GREY, PALETTE, REST, Picture
 from longnet_hpc.scaling.report_points import MEASURED, MODELLED, Point, labels_of, matched, points_of
 from longnet_hpc.scaling.report_words import bytes_in_words, percent, plural, seconds_in_words, short, tokens_in_words
 
@@ -80,7 +80,7 @@ def draw_bytes(rows: Sequence[Row]) -> Iterable[Picture]:
     bars = []
     for point in points:
         received, least = (point.row.number_of(key, least=0) for key in ("bytes_received", "bytes_received_minimum"))
-        if received is None or (point.ranks == 1 and not received):
+        if received is None or (point.ranks == 1 and not received) or point.row.name == "simulate":
             continue
         forecast = forecasts.get(id(point))
         expected = forecast.row.number_of("bytes_received", least=0) if forecast else None
@@ -89,9 +89,9 @@ def draw_bytes(rows: Sequence[Row]) -> Iterable[Picture]:
             words += f", {percent(received / least)} of the minimum"
         values = {
             "received_bytes": int(received),
-            "minimum_bytes": least,
+            "minimum_bytes": None if least is None else int(least),
             "over_the_minimum_bytes_ratio": received / least if least else None,
-            "forecast_bytes": expected,
+            "forecast_bytes": None if expected is None else int(expected),
         }
         bar = Bar(_label(point, labels), point.row, {"received": received}, words, least, values)
         bar.beside = forecast.row if forecast and expected is not None else None
@@ -139,7 +139,7 @@ def draw_memory(rows: Sequence[Row]) -> Iterable[Picture]:
         if not total or point.row.name == "simulate":
             continue
         for part in parts:
-            colors.setdefault(part, INK if part == "peak" else (*PALETTE, REST)[len(colors) % (len(PALETTE) + 1)])
+            colors.setdefault(part, GREY if part == "peak" else (*PALETTE, REST)[len(colors) % (len(PALETTE) + 1)])
         capacity = point.row.positive("capacity_bytes")
         words = bytes_in_words(total)
         if capacity:
@@ -154,7 +154,7 @@ def draw_memory(rows: Sequence[Row]) -> Iterable[Picture]:
     for row in rows:
         peak = row.positive("peak_memory_bytes")
         if row.name == "step" and peak:
-            colors.setdefault("peak", INK)
+            colors.setdefault("peak", GREY)
             tokens = as_number(row.config.get("tokens"), 1) or 0
             label = f"{short(str(row.config.get('preset', 'model')), 20)}, {tokens_in_words(tokens)} tokens"
             bars = [bar for bar in bars if (bar.label, bar.row.name) != (label, "step")]
@@ -162,10 +162,10 @@ def draw_memory(rows: Sequence[Row]) -> Iterable[Picture]:
     if not bars:
         return
     if "peak" in colors:
-        colors = {"peak": PALETTE[0] if len(colors) == 1 else INK, **{k: c for k, c in colors.items() if k != "peak"}}
+        colors = {"peak": PALETTE[0] if len(colors) == 1 else GREY, **{k: c for k, c in colors.items() if k != "peak"}}
     picture = picture_of(
         bars,
-        "memory",
+        "memory_of_a_rank",
         "memory",
         "Memory of a rank",
         "Peak of the rank that needs most; forecasts by what needs it. Black marks: what a rank has.",

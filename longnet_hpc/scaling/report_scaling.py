@@ -23,6 +23,7 @@ from longnet_hpc.scaling.report_draw import (
     log_axis,
     new_figure,
     place_legend,
+    time_axis,
 )
 from longnet_hpc.scaling.report_points import (
     MODELLED,
@@ -62,15 +63,15 @@ def draw_scaling(rows: Sequence[Row], which: str) -> Iterable[Picture]:
         color, first = colors[one.first.color], one.first
         x = [point.ranks for point in one.points]
         look = line_style(color, places[first.source], is_modelled=first.is_modelled)
-        for axes, y, low, high in (
-            (left, *_times(one)),
-            (right, *_efficiencies(one)),
-        ):
-            if first.is_modelled:
-                axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0, zorder=1)
-            else:
+        has_band = first.row.name == "plan" or not any(
+            other.first.row.name == "plan" and other.first.color == first.color for other in shown
+        )
+        for axes, y, low, high in ((left, *_times(one)), (right, *_efficiencies(one))):
+            if not first.is_modelled:
                 bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
                 axes.errorbar(x, y, bars, fmt="none", ecolor=color, elinewidth=1.2, capsize=3, zorder=3)
+            elif axes is left and has_band:
+                axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0, zorder=1)
             axes.plot(x, y, **look)
         ideal = [first.seconds * (first.ranks / ranks if which == "strong" else 1) for ranks in x]
         left.plot(x, ideal, color=color, linestyle=":", linewidth=1.1, zorder=2)
@@ -82,12 +83,19 @@ def draw_scaling(rows: Sequence[Row], which: str) -> Iterable[Picture]:
     all_ranks = [point.ranks for one in shown for point in one.points]
     _over_ranks((left, right), all_ranks)
     times = [y for one in shown for its in _times(one) for y in its]
-    log_axis(left, "y", times, seconds_in_words)
+    if which == "weak" and max(times) < 4 * min(times):
+        left.set_ylim(0, 1.1 * max(times))
+        left.yaxis.set_major_formatter(lambda value, _: seconds_in_words(value))
+    else:
+        time_axis(left, "y", times)
     left.set_title(f"Time of a step, {'one sequence' if which == 'strong' else 'as many tokens on each rank'}")
     right.set_title("Efficiency")
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-    right.set_ylim(0, max(1.1, *(1.04 * y for one in shown for y in _efficiencies(one)[2])))
-    place_legend(figure, handles, columns=1 if len(handles) < 5 else 2)
+    right.set_ylim(0, max(1.1, *(1.06 * y for one in shown for y in _efficiencies(one)[0])))
+    place_legend(
+        figure,
+        handles,
+    )
     left_out = (
         f" {plural(len(series) - len(shown), 'further line')} only in the table." if len(series) > _MOST_LINES else ""
     )
@@ -116,7 +124,7 @@ def draw_scaling(rows: Sequence[Row], which: str) -> Iterable[Picture]:
         },
         [_line(one, point, labels) for one in series for point in one.points],
         figure,
-        [_in_words(one, which, by, labels) for one in series[:3]],
+        [_in_words(one, which, by, labels) for one in _worth_words(series)],
     )
 
 
@@ -138,6 +146,9 @@ def draw_accuracy(rows: Sequence[Row]) -> Iterable[Picture]:
         marker = {"analytic": "o", "simulated": "s"}.get(by, "D")
         off = forecast.seconds / measured.seconds - 1
         low, high = (forecast.seconds / seconds - 1 for seconds in (measured.high, measured.low))
+        if off > 1:  # one such point must not press the others flat
+            axes.annotate(f"{100 * off:+,.0f}% ↑", (measured.seconds, 0.93), fontsize=8.5, ha="center", color=color)
+            off = low = high = 0.88
         axes.vlines(measured.seconds, low, high, color=color, linewidth=1.2)
         its: dict[str, Any] = {
             "color": color,
@@ -148,11 +159,9 @@ def draw_accuracy(rows: Sequence[Row]) -> Iterable[Picture]:
         }
         axes.plot([measured.seconds], [off], **its)
         looks[labels[measured.case], by] = Line2D([], [], **its, label=f"{labels[measured.case]}, {by}")
-    log_axis(axes, "x", [pair[0].seconds for pair in pairs], seconds_in_words)
+    time_axis(axes, "x", [pair[0].seconds for pair in pairs])
     axes.margins(x=0.08)
-    reach = max(0.3, *(1.15 * abs(b.seconds / a.seconds - 1) for a, b in pairs))
-    axes.set_ylim(-min(reach, 1), reach)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}%")
+    _differences(axes, pairs)
     axes.set_xlabel("measured time of a step")
     axes.set_title("Modelled time over measured time")
     place_legend(figure, list(looks.values())[:_MOST_LINES])
@@ -226,9 +235,7 @@ def draw_simulated(rows: Sequence[Row]) -> Iterable[Picture]:
         words = f"{labels[case]}, {fixed_in_words(Series((point,), tokens), 'tokens')} · {short(machine, 30)}"
         handles.append(Line2D([], [], **look, label=words))
     _over_ranks((axes,), [a.ranks for a, _ in pairs])
-    reach = max(0.3, *(1.15 * abs(b.seconds / a.seconds - 1) for a, b in pairs))
-    axes.set_ylim(-min(reach, 1), reach)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}%")
+    _differences(axes, pairs)
     axes.set_title("Simulated time of a step over the analytic one")
     place_legend(figure, handles)
     off = max(pairs, key=lambda pair: abs(pair[1].seconds / pair[0].seconds - 1))
@@ -290,6 +297,12 @@ def _bounds(point: Point) -> tuple[float, float]:
     return point.low, point.high
 
 
+def _differences(axes: Axes, pairs: Sequence[tuple[Point, Point]]) -> None:
+    reach = min(1.0, max(0.3, *(1.15 * abs(b.seconds / a.seconds - 1) for a, b in pairs)))
+    axes.set_ylim(-reach, reach)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}%" if abs(value) > 1e-9 else "0%")
+
+
 def _over_ranks(all_axes: Iterable[Axes], ranks: Sequence[int]) -> None:
     for axes in all_axes:
         log_axis(axes, "x", ranks, lambda value: f"{value:,.0f}", base=2)
@@ -324,6 +337,14 @@ def _line(one: Series, point: Point, labels: dict[str, str]) -> Line:
             "efficiency": one.efficiency(point),
         },
     )
+
+
+def _worth_words(series: Sequence[Series]) -> list[Series]:
+    """Return what the summary speaks of: at most two lines, measured ones rather than forecasts."""
+    first = [one for one in series if not one.first.is_modelled] or [
+        one for one in series if one.first.row.name == "plan"
+    ]
+    return sorted(first or series, key=lambda one: -one.points[-1].ranks)[:2]
 
 
 def _in_words(one: Series, which: str, by: str, labels: dict[str, str]) -> str:
