@@ -66,7 +66,12 @@ def draw_rates(rows: Sequence[Row]) -> Iterable[Picture]:
             newest[label] = bar
     if not newest:
         return
-    bars = sorted(newest.values(), key=lambda bar: -bar.values["dense_share"])
+    # Those that were chosen by themselves come first, whatever their rate: the picture must not be one of the best.
+    bars = sorted(newest.values(), key=lambda bar: (bar.row.config.get("backend") != "auto", bar.label))
+    by_rate = sorted(
+        [bar for bar in bars if bar.row.config.get("backend") == "auto"] or bars,
+        key=lambda bar: bar.values["dense_share"],
+    )
     picture = picture_of(
         bars,
         "rate_of_attention",
@@ -79,8 +84,9 @@ def draw_rates(rows: Sequence[Row]) -> Iterable[Picture]:
         lambda value: f"{100 * value:.0f}%",
         title="Share of the rate of dense attention",
     )
+    least, most = by_rate[0], by_rate[-1]
     picture.sentences = [
-        f"Dilated attention runs at {percent(bars[0].values['dense_share'])} of the rate of dense attention at best, "
-        f"{percent(bars[-1].values['dense_share'])} at worst."
+        f"Dilated attention runs at {percent(least.values['dense_share'])} ({least.label}) to "
+        f"{percent(most.values['dense_share'])} ({most.label}) of the rate of dense attention."
     ]
     yield picture

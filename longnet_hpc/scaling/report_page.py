@@ -247,7 +247,11 @@ def _records(rows: Sequence[Row]) -> Html:
     for row in rows:
         how, where = row.record["how"], row.where
         point = ", ".join(f"{key} {say(key, value)}" for key, value in row.point.items())
-        times = f"{how['statistic']} of {how['repeats']}" if how["repeats"] != 1 else str(how["statistic"])
+        times = (
+            f"{how['statistic']}{',' if ' ' in how['statistic'] else ''} of {how['repeats']}"
+            if how["repeats"] != 1
+            else str(how["statistic"])
+        )
         times += f", {how['warmup']} before" if how["warmup"] else ""
         times += f"; {plural(where['ranks'], 'rank')}, {where['ranks_per_node']} a node" if where["ranks"] > 1 else ""
         kind = str(row.record["kind"])

@@ -151,9 +151,13 @@ def draw_memory(rows: Sequence[Row]) -> Iterable[Picture]:
             values |= {"forecast_bytes": int(expected), "difference": expected / total - 1}
             bar.beside = forecast.row
         bars.append(bar)
-    for row in rows:
+    in_order = sorted(
+        (row for row in rows if row.name == "step"),
+        key=lambda row: (str(row.config.get("preset")), as_number(row.config.get("tokens")) or 0.0),
+    )
+    for row in in_order:
         peak = row.positive("peak_memory_bytes")
-        if row.name == "step" and peak:
+        if peak:
             colors.setdefault("peak", GREY)
             tokens = as_number(row.config.get("tokens"), 1) or 0
             label = f"{short(str(row.config.get('preset', 'model')), 20)}, {tokens_in_words(tokens)} tokens"
