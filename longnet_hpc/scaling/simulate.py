@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +30,8 @@ from longnet_hpc.scaling.traces import count_messages, rank_trace
 
 __all__ = ["Simulated", "replay", "simulate", "why_not"]
 
-_MOST_MESSAGES = 1_000_000
-"""Messages of a step that are replayed; SimGrid takes some 20 to 100 microseconds for each."""
+_MOST_MESSAGES = 1_500_000
+"""Messages of a step that are replayed; SimGrid takes some 15 to 150 microseconds for each, more on many ranks."""
 _MOST_RANKS = 512
 """Ranks that are replayed; the platform has a route for each pair of them."""
 _MOST_SECONDS = 1800
@@ -187,13 +190,17 @@ def run_smpirun(smpirun: str, folder: Path, ranks: int) -> Simulated:
     started = time.monotonic()
     output = folder / "output"
     with output.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, cwd=folder, process_group=0
+        )
         try:
-            status = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, cwd=folder,
-                timeout=_MOST_SECONDS, check=False,
-            ).returncode  # fmt: skip
+            status = process.wait(_MOST_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise ConfigError(f"smpirun was given up after {_MOST_SECONDS} seconds, {ranks} ranks") from error
+        finally:
+            if process.returncode is None:  # given up or interrupted; it is a script, and the simulator is its child
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     seconds, kinds = _read(output)
     if status != 0 or seconds is None:
         with output.open(encoding="utf-8", errors="replace") as stream:
@@ -269,22 +276,28 @@ def _in_words(config: SimulateConfig, machine: Machine, points: list[tuple[Forec
     lines = in_words(config, machine, [one for one, _ in points])
     lines += [
         "",
-        f"replayed by SimGrid on a {topology}, beside this forecast:",
-        "  ranks   messages    simulated     forecast   ratio      compute             waits          grad sum   took",
+        f"replayed by SimGrid on a {topology}, and this forecast:",
+        "  ranks   messages                  step   ratio               compute                 waits"
+        "              grad sum  replay took",
     ]
     for one, simulated in points:
         if simulated is None:
-            lines.append(f"{one.ranks:7,}{'not replayed':>24}{one.seconds:11.4g} s")
+            lines.append(f"{one.ranks:7,}{'-':>11}{_both(math.nan, one.seconds)}")
             continue
         seconds = max(simulated.seconds, one.input_seconds)
-        pairs = (
-            (simulated.compute_seconds, one.compute_seconds),
-            (simulated.wait_seconds, one.wait_seconds),
-            (simulated.gradient_seconds, one.gradient_seconds),
-        )
-        parts = "".join(f"{f'{a * 1e3:.4g} / {b * 1e3:.4g} ms':>22}" for a, b in pairs)
         lines.append(
-            f"{one.ranks:7,}{simulated.messages:11,}{seconds:11.4g} s{one.seconds:11.4g} s"
-            f"{seconds / one.seconds:8.3f}{parts}{simulated.replay_seconds:6.1f} s"
+            f"{one.ranks:7,}{simulated.messages:11,}{_both(seconds, one.seconds)}{seconds / one.seconds:8.3f}"
+            f"{_both(simulated.compute_seconds, one.compute_seconds)}{_both(simulated.wait_seconds, one.wait_seconds)}"
+            f"{_both(simulated.gradient_seconds, one.gradient_seconds)}{simulated.replay_seconds:11.1f} s"
+        )
+    if machine.overlap < 1 and any(simulated is not None for _, simulated in points):
+        lines.append(
+            "The replay's compute includes driving exchanges that it hides, which the forecast counts as waits."
         )
     return lines
+
+
+def _both(simulated: float, predicted: float) -> str:
+    unit, scale = ("s", 1.0) if predicted >= 1 else ("ms", 1e3)
+    first = "-" if math.isnan(simulated) else f"{simulated * scale:.4g}"
+    return f"{f'{first} / {predicted * scale:.4g} {unit}':>22}"
