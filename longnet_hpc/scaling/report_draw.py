@@ -312,7 +312,8 @@ def _decades(low: float, high: float) -> list[float]:
 def _powers_of_two(values: Sequence[float]) -> list[float]:
     """Return the values, or of many only powers of two that are evenly apart."""
     its = sorted(set(values))
-    if len(its) <= 8 and all(b / a > 1.4 for a, b in itertools.pairwise(its)):
+    closest = (its[-1] / its[0]) ** 0.1  # nearer marks would write into each other
+    if len(its) <= 8 and all(b / a > max(1.4, closest) for a, b in itertools.pairwise(its)):
         return its
     first, last = math.floor(math.log2(its[0])), math.ceil(math.log2(its[-1]))
     apart = max(1, math.ceil((last - first) / 8))
