@@ -13,7 +13,7 @@ from longnet_hpc.partition import Partition
 from longnet_hpc.record import check_record, read_records
 from longnet_hpc.run import main
 from longnet_hpc.scaling.config import SimulateConfig
-from longnet_hpc.scaling.machine import Link, load_machine
+from longnet_hpc.scaling.machine import Attention, Blocks, Link, load_machine
 from longnet_hpc.scaling.model import forecast
 from longnet_hpc.scaling.platforms import write_hostfile, write_platform
 from longnet_hpc.scaling.simulate import find_smpirun, run_smpirun, simulate, why_not
@@ -87,19 +87,30 @@ def test_the_sum_of_gradients_sends_each_of_them_there_and_back(parameters):
     assert received == pytest.approx(forecast(config, MACHINE, 3).gradient_bytes, abs=64 * len(counts[1]))
 
 
-@pytest.mark.parametrize("task", ["train", "eval"])
-def test_traces_compute_as_long_as_the_forecast(task):
-    config = SimulateConfig(model=MODEL, seq_len=4096, task=task, ranks_per_node=16)  # two ranks share a GPU
-    partition = Partition.even(4096, 32)
+@pytest.mark.parametrize("options", [{}, {"task": "eval"}, {"activation_checkpointing": True, "keep_attention": False}])
+def test_traces_compute_as_long_as_the_forecast(options):
+    config = SimulateConfig(model=MODEL, seq_len=4096, ranks_per_node=16, **options)  # two ranks share a GPU
+    slow = {"forward_flop_per_second": (2e9,), "backward_flop_per_second": (1e9,)}
+    attention, blocks = Attention((64,), **slow, wasted_keys=64), Blocks((256,), **slow)
+    machine = replace(load_machine("h100"), attention=attention, blocks=blocks, overlap=1.0)
     seconds = [
         sum(float(words[0]) for name, *words in actions if name == "compute") / 1e9
-        for actions in traces(config, partition, 16)
+        for actions in traces(config, Partition.even(4096, 32), 16, machine)
     ]
-    assert max(seconds) == pytest.approx(forecast(config, MACHINE, 32).compute_seconds, rel=1e-3)
+    expected = forecast(config, machine, 32)
+    assert expected.attention_seconds > 0.1 * expected.compute_seconds
+    assert max(seconds) == pytest.approx(expected.compute_seconds, rel=1e-5)
+    driven = replace(machine, overlap=0.0)
+    more = [
+        sum(float(words[0]) for name, *words in actions if name == "compute") / 1e9
+        for actions in traces(config, Partition.even(4096, 32), 16, driven)
+    ]
+    assert sum(more) > sum(seconds)
 
 
-def test_messages_are_counted_before_they_are_written():
-    config = SimulateConfig(model=MODEL, seq_len=250)
+@pytest.mark.parametrize("options", [{}, {"task": "eval"}, {"activation_checkpointing": True, "keep_attention": False}])
+def test_messages_are_counted_before_they_are_written(options):
+    config = SimulateConfig(model=MODEL, seq_len=250, **options)
     partition = Partition.even(250, 5)
     actions = [name for of_rank in traces(config, partition) for name, *_ in of_rank]
     assert actions.count("isend") > 0
@@ -142,6 +153,10 @@ def test_messages_share_links_that_they_have_in_common(tmp_path):
         lines = {rank: send(rank, other) for rank, other in enumerate(others)}
         lines |= {other: receive(rank, other) for rank, other in enumerate(others)}
         assert replayed(tmp_path, lines, 65, 1, topology).seconds == pytest.approx(4e-3 + 0.5 * share, rel=1e-4)
+    lines = {0: send(0, 1) + receive(1, 0), 1: receive(0, 1) + send(1, 0)}
+    for actions in lines.values():
+        actions.sort()  # both ways at once
+    assert replayed(tmp_path, lines, 2).seconds == pytest.approx(4e-3 + 0.5, rel=1e-4)
     lines = {0: send(0, 2), 1: send(1, 2), 2: [*receive(0, 2), *receive(1, 2)]}
     lines[2].sort()  # both start before one is waited for
     assert replayed(tmp_path, lines, 3).seconds == pytest.approx(4e-3 + 1.0, rel=1e-4)
@@ -228,12 +243,12 @@ def test_what_simgrid_says_against_a_trace_is_one_line(tmp_path):
 
 @needs_smpirun
 def test_a_step_that_is_too_large_or_a_stream_is_forecast_alone(tmp_path, capsys):
-    arguments = ["simulate", "--ranks", "2", "8192", "--seq-len", str(1 << 20), "--output", "-"]
+    arguments = ["simulate", "--ranks", "2", "1024", "--seq-len", str(1 << 20), "--output", "-"]
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert [json.loads(line)["what"]["config"]["point"]["ranks"] for line in shown.out.splitlines()] == [2]
     assert shown.err.splitlines() == [
-        "8,192 ranks: at most 512 ranks are replayed; the forecast stands alone",
+        "1,024 ranks: at most 512 ranks are replayed; the forecast stands alone",
     ]
     config = SimulateConfig(seq_len=1 << 26, geometric=(2048, 4), ranks=(512,))
     assert "messages, and at most" in why_not(config, 512)
