@@ -13,7 +13,10 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["longnet_hpc", "longnet_hpc.*"]),
-    package_data={"longnet_hpc.attention.hopper": ["*.cu", "*.cuh"], "longnet_hpc.scaling": ["machines/*.toml", "report.css"]},
+    package_data={
+        "longnet_hpc.attention.hopper": ["*.cu", "*.cuh"],
+        "longnet_hpc.scaling": ["machines/*.toml", "report.css"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "numpy>=1.26",

@@ -31,7 +31,14 @@ def test_pairs_are_the_keys_that_queries_see(situation):
             for m in range(p - p % branch.segment_length, p + 1)
             if all(x % branch.segment_length % branch.dilation_rate == head % branch.dilation_rate for x in (p, m))
         )
-        assert attention_work(pattern, partition, rank, heads, kv_heads).pairs == pairs
+        work = attention_work(pattern, partition, rank, heads, kv_heads)
+        assert work.pairs == pairs
+        assert work.queries == sum(
+            p % branch.segment_length % branch.dilation_rate == head % branch.dilation_rate
+            for branch in pattern
+            for head in range(heads)
+            for p in partition.slice_of(rank)
+        )
     everything = sum(attention_work(pattern, partition, r, heads, kv_heads).pairs for r in range(partition.size))
     assert 4 * everything == pattern.flop(partition.stop, heads, 1, causal=True)
 

@@ -29,7 +29,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Attention:
-    """Speed of attention over grids of some thousand rows, counted as `Pattern.flop` does."""
+    """Speed of attention, counted as `Pattern.flop` does, plus some keys for each query."""
 
     head_dims: tuple[int, ...]
     """Features of a head at which it is known, ascending."""
@@ -37,8 +37,8 @@ class Attention:
     """Causal rate at each of them."""
     backward_flop_per_second: tuple[float, ...]
     """The same; twice the FLOP of the forward pass."""
-    call_seconds: float
-    """What every piece of a segment costs by being computed by itself."""
+    wasted_keys: float
+    """Keys that each query costs besides those that it sees: tiles at the diagonal, starting, merging."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         for table, of in (("blocks", self.blocks), ("attention", self.attention)):
-            keys, *rates = (getattr(of, field.name) for field in fields(of) if field.name != "call_seconds")
+            keys, *rates = (getattr(of, field.name) for field in fields(of) if field.name != "wasted_keys")
             if not keys or list(keys) != sorted(set(keys)) or min(keys) < 1:
                 raise ConfigError(f"machine {self.name!r}: sizes of {table} must ascend from 1, got {list(keys)}")
             for rate in rates:
@@ -100,7 +100,7 @@ class Machine:
                     raise ConfigError(f"machine {self.name!r}: {table} needs {len(keys)} rates each, got {len(rate)}")
         for name, value in _numbers(self):
             may_be_zero = name.rpartition(".")[2] in (
-                *("call_seconds", "step_seconds", "logit_seconds", "parameter_seconds"),
+                *("wasted_keys", "step_seconds", "logit_seconds", "parameter_seconds"),
                 *("process_bytes", "overlap", "latency_seconds"),
             )
             if not (0 if may_be_zero else math.ulp(0)) <= value < math.inf:

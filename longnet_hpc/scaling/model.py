@@ -270,8 +270,8 @@ def layer_seconds(
     """
     model, blocks, attention = config.model, machine.blocks, machine.attention
     flop = _block_flop(model) * tokens * config.batch_size * share
-    attention_flop = 4 * work.pairs * model.head_dim * config.batch_size * share
-    calls = work.calls * attention.call_seconds * share
+    keys = work.pairs + attention.wasted_keys * work.queries
+    attention_flop = 4 * keys * model.head_dim * config.batch_size * share
     row_bytes = 2 * model.head_dim * machine.itemsize * config.batch_size
     beyond = work.received + work.carried - work.received_within
     exchange = (
@@ -283,9 +283,10 @@ def layer_seconds(
     return LayerSeconds(
         blocks=flop / _at(blocks.embed_dims, blocks.forward_flop_per_second, model.embed_dim),
         blocks_backward=2 * flop / _at(blocks.embed_dims, blocks.backward_flop_per_second, model.embed_dim),
-        attention=attention_flop / _at(attention.head_dims, attention.forward_flop_per_second, model.head_dim) + calls,
-        attention_backward=2 * attention_flop
-        / _at(attention.head_dims, attention.backward_flop_per_second, model.head_dim) + 2 * calls,
+        attention=attention_flop / _at(attention.head_dims, attention.forward_flop_per_second, model.head_dim),
+        attention_backward=2
+        * attention_flop
+        / _at(attention.head_dims, attention.backward_flop_per_second, model.head_dim),
         exchange=exchange,
     )  # fmt: skip
 

@@ -22,8 +22,8 @@ class AttentionWork:
 
     pairs: int
     """Queries times the keys that they see, over all heads; ``4 * head_dim`` FLOP each, forward."""
-    calls: int
-    """Pieces of segments that are computed by themselves, an estimate of how many kernels start."""
+    queries: int
+    """Queries over all heads and branches, those that see nothing but themselves included."""
     received: int
     """Rows that come from other ranks in the forward pass, and whose gradients go back in the backward pass."""
     received_within: int
@@ -84,17 +84,17 @@ def _of_branch(
 ) -> AttentionWork:
     w, start, stop = branch.segment_length, partition.bounds[rank], partition.bounds[rank + 1]
     node_start = partition.bounds[rank - rank % ranks_per_node]
-    pairs = calls = received = within = sent = messages = messages_within = carried = 0
+    pairs = queries = received = within = sent = messages = messages_within = carried = 0
     for run in partition.runs(branch, rank):
         position = start + run.start
         segment = position - run.phase
         first_here = max(segment, partition.start)  # of the segment's tokens, the first that this chunk has
-        calls += run.count * len(branch.offsets(heads))
         for offset in branch.offsets(heads):
             rows = run.rows(branch, offset)
             if rows == 0:
                 continue
             at_offset = branch.heads_at(offset, heads)
+            queries += run.count * len(at_offset) * rows
             rows_before = _rows_before(branch, offset, run.phase)
             pairs += run.count * len(at_offset) * (rows * (rows + 1) // 2 + rows * rows_before)
             kv = len(set(branch.kv_heads_at(offset, heads, kv_heads)))
@@ -115,7 +115,7 @@ def _of_branch(
             sent += own * kv * _receivers(branch, offset, last, end, partition, rank, shortest) if own else 0
     if partition.stop < seq_len and partition.stop % w:
         carried = _carried(branch, partition, rank, heads)
-    return AttentionWork(pairs, calls, received, within, sent, messages, messages_within, carried)
+    return AttentionWork(pairs, queries, received, within, sent, messages, messages_within, carried)
 
 
 def _rows_before(branch: Branch, offset: int, tokens: int) -> int:
