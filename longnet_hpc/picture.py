@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from longnet_hpc.files import replace_file
+from longnet_hpc.words import tokens_in_words
 
 __all__ = ["draw_context_curve", "draw_loss_curve"]
 
@@ -82,7 +83,7 @@ def draw_context_curve(
     )
     axes.set_xscale("log", base=2)
     axes.set_xlim(right=middles[-1] * 2.5)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_major_formatter(lambda value, _: tokens_in_words(value))
     _point_out(axes, middles[-1], losses[-1])
     _save(axes, path)
 

@@ -88,7 +88,7 @@ def make_record(
         "schema": SCHEMA_VERSION,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "kind": kind,
-        "what": {"name": name, "command": shlex.join(sys.argv), "config": dict(config), "git_commit": _git_commit()},
+        "what": {"name": name, "command": _command(), "config": dict(config), "git_commit": _git_commit()},
         "where": dict(place),
         "how": {"warmup": warmup, "repeats": repeats, "statistic": statistic},
         "results": dict(results),
@@ -208,6 +208,16 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _command() -> str:
+    """Return how this process was called: a program of this library by its module, whatever folder that lies in."""
+    program, *arguments = sys.argv
+    folder = Path(__file__).resolve().parent
+    if Path(program).resolve().is_relative_to(folder):
+        module = Path(program).resolve().relative_to(folder.parent).with_suffix("").parts
+        return shlex.join(["python", "-m", ".".join(part for part in module if part != "__main__"), *arguments])
+    return shlex.join(sys.argv)
 
 
 def _cpu_name() -> str:

@@ -20,7 +20,7 @@ from longnet_hpc.scaling.config import ReportConfig
 from longnet_hpc.scaling.report import report
 from longnet_hpc.scaling.report_data import load
 from longnet_hpc.scaling.report_points import matched, points_of
-from longnet_hpc.scaling.report_words import (
+from longnet_hpc.words import (
     bytes_in_words,
     percent,
     runs_of,

@@ -7,16 +7,18 @@ import re
 import sys
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 from launching import MODEL, run_command
 
+import longnet_hpc
 from longnet_hpc import corpora, progress
 from longnet_hpc.comm import launch
 from longnet_hpc.comm.launch import start
 from longnet_hpc.data import Corpus, default_sources, prepare
 from longnet_hpc.errors import CorpusError, ShapeError
-from longnet_hpc.record import append_record, check_record, read_records
+from longnet_hpc.record import append_record, check_record, make_record, read_records, where
 from longnet_hpc.run import main
 
 SMALL = (*MODEL, "--seq-len", "512", "--device", "cpu", "--optimizer.learning-rate", "0.01")
@@ -216,6 +218,20 @@ def test_record_after_a_line_that_was_cut_off_is_a_line_of_its_own(tmp_path, cap
     append_record(path, {"a": 4})
     assert read_records(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
     assert "line 2 is no record" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (Path(longnet_hpc.__file__).with_name("__main__.py"), "python -m longnet_hpc eval 'a b'"),
+        (Path(longnet_hpc.__file__).with_name("run.py"), "python -m longnet_hpc.run eval 'a b'"),
+        (Path("/elsewhere/step.py"), "/elsewhere/step.py eval 'a b'"),
+    ],
+)
+def test_command_of_a_record_is_what_was_typed_wherever_the_library_lies(monkeypatch, program, said):
+    monkeypatch.setattr(sys, "argv", [str(program), "eval", "a b"])
+    record = make_record("x", config={}, results={"seconds": 1.0}, place=where(start(device="cpu")), check=("none", True))
+    assert record["what"]["command"] == said
 
 
 def test_ranks_that_disagree_at_the_start_are_told_in_one_line(monkeypatch, capsys):

@@ -11,7 +11,7 @@ from longnet_hpc.scaling.report_data import Found, load, printable
 from longnet_hpc.scaling.report_draw import style, to_csv, to_png
 from longnet_hpc.scaling.report_page import page_of
 from longnet_hpc.scaling.report_pictures import draw_all
-from longnet_hpc.scaling.report_words import plural
+from longnet_hpc.words import plural
 
 __all__ = ["report"]
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 from longnet_hpc.scaling.report_data import Row
 from longnet_hpc.scaling.report_draw import GREY, INK, Line, Picture, axes_of, new_figure, place_legend
-from longnet_hpc.scaling.report_words import plural, short
+from longnet_hpc.words import plural, short
 
 __all__ = ["Bar", "picture_of"]
 

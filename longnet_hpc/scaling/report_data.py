@@ -16,7 +16,7 @@ from typing import Any
 
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.record import check_record
-from longnet_hpc.scaling.report_words import plural, short
+from longnet_hpc.words import plural, short
 
 __all__ = ["Failure", "Found", "Row", "as_number", "load", "printable"]
 

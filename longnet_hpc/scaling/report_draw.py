@@ -26,7 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from longnet_hpc.scaling.report_data import Row
-from longnet_hpc.scaling.report_words import (
+from longnet_hpc.words import (
     bytes_in_words,
     flop_rate_in_words,
     number_in_words,

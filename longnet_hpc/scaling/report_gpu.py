@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from longnet_hpc.scaling.report_bars import Bar, picture_of
 from longnet_hpc.scaling.report_data import Row, as_number
 from longnet_hpc.scaling.report_draw import PALETTE, Picture
-from longnet_hpc.scaling.report_words import percent, seconds_in_words, short, tokens_in_words
+from longnet_hpc.words import percent, seconds_in_words, short, tokens_in_words
 
 __all__ = ["draw_kernels", "draw_rates"]
 

@@ -23,7 +23,7 @@ from longnet_hpc.scaling.report_draw import (
     time_axis,
 )
 from longnet_hpc.scaling.report_points import fixed_in_words, gather, labels_of, points_of
-from longnet_hpc.scaling.report_words import (
+from longnet_hpc.words import (
     bytes_in_words,
     plural,
     seconds_in_words,

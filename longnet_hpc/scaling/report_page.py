@@ -12,7 +12,7 @@ from importlib.resources import files
 from longnet_hpc.scaling.report_data import Found, Row
 from longnet_hpc.scaling.report_draw import Picture, say, to_svg
 from longnet_hpc.scaling.report_pictures import SECTIONS
-from longnet_hpc.scaling.report_words import joined, number_in_words, plural, runs_of, short
+from longnet_hpc.words import joined, number_in_words, plural, runs_of, short
 
 __all__ = ["Html", "element", "page_of"]
 

@@ -9,7 +9,7 @@ from longnet_hpc.scaling.report_bars import Bar, picture_of
 from longnet_hpc.scaling.report_data import Row, as_number
 from longnet_hpc.scaling.report_draw import GREY, PALETTE, REST, Picture
 from longnet_hpc.scaling.report_points import MEASURED, MODELLED, Point, labels_of, matched, points_of
-from longnet_hpc.scaling.report_words import bytes_in_words, percent, plural, seconds_in_words, short, tokens_in_words
+from longnet_hpc.words import bytes_in_words, percent, plural, seconds_in_words, short, tokens_in_words
 
 __all__ = ["draw_bytes", "draw_memory", "draw_shares", "draw_slowest"]
 

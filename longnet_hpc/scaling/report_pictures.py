@@ -10,7 +10,7 @@ from longnet_hpc.scaling.report_gpu import draw_kernels, draw_rates
 from longnet_hpc.scaling.report_lengths import draw_exchange, draw_lengths, draw_loss
 from longnet_hpc.scaling.report_parts import draw_bytes, draw_memory, draw_shares, draw_slowest
 from longnet_hpc.scaling.report_scaling import draw_accuracy, draw_scaling, draw_simulated
-from longnet_hpc.scaling.report_words import short
+from longnet_hpc.words import short
 
 __all__ = ["SECTIONS", "draw_all"]
 

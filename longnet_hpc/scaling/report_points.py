@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any
 
 from longnet_hpc.scaling.report_data import Row, as_number
-from longnet_hpc.scaling.report_words import short, tokens_in_words
+from longnet_hpc.words import short, tokens_in_words
 
 __all__ = ["Point", "Series", "colors_of", "gather", "labels_of", "matched", "newest", "points_of"]
 

@@ -36,7 +36,7 @@ from longnet_hpc.scaling.report_points import (
     matched,
     points_of,
 )
-from longnet_hpc.scaling.report_words import percent, plural, seconds_in_words, short
+from longnet_hpc.words import percent, plural, seconds_in_words, short
 
 __all__ = ["draw_accuracy", "draw_scaling", "draw_simulated"]
 
