@@ -7,7 +7,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, read_metrics, where
+from longnet_hpc.stopping import StopRequest
 from longnet_hpc.trace import span
 from longnet_hpc.train_stream import StreamTrainer
 from longnet_hpc.trainer import Trainer
@@ -89,6 +90,8 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
 
     Raises
     ------
+    StoppedError
+        If SIGTERM or SIGUSR1 came, or the time of a stream was over: what was done is kept for ``resume``.
     LongNetError or OSError
         The same on all ranks; `Trainer` and `Trainer.step` say when.
     """
@@ -104,8 +107,10 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
                 lines = _open_folder(folder, config, trainer.steps_done)
         _announce(trainer, corpus_path, folder)
         begin = time.perf_counter()
-        with trainer.open(folder) if isinstance(trainer, StreamTrainer) else nullcontext():
-            new_lines = _steps(trainer, folder)
+        with StopRequest(config.stop_after) as stop:
+            if isinstance(trainer, StreamTrainer):
+                trainer.open(folder, stop)
+            new_lines = _steps(trainer, folder, stop)
         seconds = time.perf_counter() - begin
         result = _result(trainer, folder, new_lines, seconds)
         same = trainer.same_on_all_ranks()
@@ -114,6 +119,10 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
             _finish(config, launch, result, lines, new_lines, same)
     if not same:
         raise RuntimeError("the ranks hold different weights, so what was trained is of no use")
+    if result.steps < trainer.last_step:
+        raise StoppedError(
+            f"left after step {result.steps:,} of {trainer.last_step:,}; train --resume {folder} goes on"
+        )
     return result
 
 
@@ -190,13 +199,14 @@ def _open_folder(folder: Path, config: TrainConfig, steps_done: int) -> list[dic
     return lines
 
 
-def _steps(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
-    """Do the steps of this call, writing metrics and checkpoints on rank 0."""
+def _steps(trainer: Trainer, folder: Path, stop: StopRequest) -> list[dict[str, Any]]:
+    """Do the steps of this call, or those up to a request to stop, writing metrics and checkpoints on rank 0."""
     config, comm, rank = trainer.config, trainer.launch.comm, trainer.launch.rank
     last = trainer.last_step
-    lines = []
+    lines: list[dict[str, Any]] = []
+    asked = False
     with steps_bar(rank, "train", last, trainer.steps_done) as update:
-        while trainer.steps_done < last:
+        while trainer.steps_done < last and not asked:
             try:
                 line = trainer.step()
             except StoppedError:
@@ -206,7 +216,8 @@ def _steps(trainer: Trainer, folder: Path) -> list[dict[str, Any]]:
                         _save_checkpoint(trainer, folder)
                 raise
             lines.append(line)
-            due = trainer.steps_done % config.save_every == 0 or trainer.steps_done == last
+            asked = stop.asked(comm)
+            due = asked or trainer.steps_done % config.save_every == 0 or trainer.steps_done == last
             with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
                 if rank == 0:
                     append_record(folder / METRICS_NAME, line)

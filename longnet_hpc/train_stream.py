@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,9 @@ class StreamTrainer(Trainer):
     stop: StopRequest
     """Of all steps of a call: what comes while weights are updated counts, too."""
 
-    @contextmanager
-    def open(self, folder: Path) -> Iterator[None]:
+    def open(self, folder: Path, stop: StopRequest) -> None:
         """Take the folder of the run for the steps of a call, and say what one will need. Collective."""
-        self.folder = folder
+        self.folder, self.stop = folder, stop
         config, model = self.config, self.config.model
         self.chunk_len = config.chunk_len or self.compute.longest_chunk(config.seq_len, training=True)
         self.rows_bytes = carried_bytes(
@@ -69,8 +68,6 @@ class StreamTrainer(Trainer):
                 f"{self.rows_bytes / 1e9:.2f}",
                 "a file" if self.in_file else "host memory",
             )
-        with StopRequest(config.stop_after) as self.stop:
-            yield
 
     def accumulate(self) -> tuple[torch.Tensor, int]:
         """Sweep over one sequence; see `Trainer.accumulate`. Collective.

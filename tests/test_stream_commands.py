@@ -252,7 +252,7 @@ def test_training_that_was_left_within_a_step_is_gone_on_with(
 ):
     if in_file:
         monkeypatch.setattr(train_stream, "_MEMORY_SHARE", 0)
-    left_after((step - 1) * 14 + done)  # not asked after the last chunk of a step
+    left_after((step - 1) * 15 + done)  # in place of its last chunk the step itself is asked about
     assert main(train_words(corpus, tmp_path / "run", *STREAM)) == 75
     assert f"left in step {step} after {done} of 15 chunks" in capsys.readouterr().out
     assert (tmp_path / "run" / "sweep.safetensors").is_file()

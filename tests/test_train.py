@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import signal
 from functools import partialmethod
 from importlib import metadata
 from itertools import pairwise
@@ -17,7 +18,7 @@ from longnet_hpc.checkpoint import find_checkpoint, load_checkpoint
 from longnet_hpc.comm.launch import start
 from longnet_hpc.config import OptimizerConfig, TrainConfig
 from longnet_hpc.data import Corpus, prepare
-from longnet_hpc.errors import CheckpointError, ConfigError, CorpusError
+from longnet_hpc.errors import CheckpointError, ConfigError, CorpusError, StoppedError
 from longnet_hpc.evaluate import _bins, _results
 from longnet_hpc.optimizer import Optimizer, learning_rate
 from longnet_hpc.record import append_record, check_record, make_record, read_records, where
@@ -218,6 +219,33 @@ def test_run_that_stopped_between_checkpoints_does_those_steps_again(corpus_path
     assert record["results"]["tokens_per_second"] == pytest.approx(sum(speeds) / 2)
     assert record["check"] == {"name": "all ranks hold the same weights, bit for bit", "passed": True}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_run_that_is_signalled_stops_after_that_step_and_goes_on(corpus_path, tmp_path, monkeypatch, number):
+    launch, run, step = start(device="cpu"), tmp_path / "run", Trainer.step
+
+    def signalled(trainer):
+        if trainer.steps_done == 2:
+            signal.raise_signal(number)
+        return step(trainer)
+
+    whole = train(config(folder=tmp_path / "whole"), launch, corpus_path)
+    monkeypatch.setattr(Trainer, "step", signalled)
+    with pytest.raises(StoppedError, match=f"left after step 3 of 6; train --resume {run} goes on"):
+        train(config(folder=run), launch, corpus_path)
+    assert load_checkpoint(find_checkpoint(run)).step == 3
+    assert read_records(run / "record.jsonl")[-1]["results"]["steps_of_this_call"] == 3
+    again = train(config(resume=run), launch, corpus_path)
+    assert (again.steps, again.loss) == (6, whole.loss)
+    expected, found = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+
+
+def test_signal_in_the_last_step_does_not_stop_a_run_that_is_done(corpus_path, tmp_path, monkeypatch):
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda trainer: (signal.raise_signal(signal.SIGUSR1), step(trainer))[1])
+    assert train(config(steps=1, folder=tmp_path / "run"), start(device="cpu"), corpus_path).steps == 1
 
 
 @pytest.mark.parametrize("rest", ['{"step": 3, "lo', "\0\0\0", "\xff"])
