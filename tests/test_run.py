@@ -230,7 +230,8 @@ def test_record_after_a_line_that_was_cut_off_is_a_line_of_its_own(tmp_path, cap
 )
 def test_command_of_a_record_is_what_was_typed_wherever_the_library_lies(monkeypatch, program, said):
     monkeypatch.setattr(sys, "argv", [str(program), "eval", "a b"])
-    record = make_record("x", config={}, results={"seconds": 1.0}, place=where(start(device="cpu")), check=("none", True))
+    place = where(start(device="cpu"))
+    record = make_record("x", config={}, results={"seconds": 1.0}, place=place, check=("none", True))
     assert record["what"]["command"] == said
 
 
