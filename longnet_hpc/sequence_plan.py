@@ -62,7 +62,7 @@ class SequencePlan:
     bytes_received : int
         Bytes that this rank has received in exchanges of attention so far, forward and backward.
     seconds_tested : float
-        Seconds that this rank has spent in MPI between kernels, to drive exchanges.
+        Seconds that this rank has spent in MPI to start exchanges and, between kernels, to drive them.
     seconds_waited : float
         Seconds that this rank has waited for exchanges that computing did not hide.
     """

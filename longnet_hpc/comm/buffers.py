@@ -41,13 +41,15 @@ class Pending:
         Where the result belongs.
     what : str
         What is sent, for traces.
+    seconds : float
+        What the start took.
 
     Attributes
     ----------
     bytes_received : int
         Bytes that arrive from all ranks.
     seconds_tested : float
-        Seconds that `test` spent in MPI, driving the exchange between kernels.
+        Seconds that the start and `test` spent in MPI, driving the exchange between kernels.
     seconds_waited : float
         Seconds that `finish` found nothing better to do than wait. On a GPU it may have been computing meanwhile, since
         the host runs ahead of it.
@@ -57,7 +59,13 @@ class Pending:
     """Keeps the buffers of an exchange that nobody finished, since MPI still writes to them."""
 
     def __init__(
-        self, request: MPI.Request, sendbuf: torch.Tensor, recvbuf: torch.Tensor, device: torch.device, what: str
+        self,
+        request: MPI.Request,
+        sendbuf: torch.Tensor,
+        recvbuf: torch.Tensor,
+        device: torch.device,
+        what: str,
+        seconds: float,
     ) -> None:
         self._request = request
         self._transfer = transfer(what)
@@ -65,7 +73,7 @@ class Pending:
         self._sendbuf: torch.Tensor | None = sendbuf
         self._recvbuf = recvbuf
         self._device = device
-        self.seconds_tested = 0.0
+        self.seconds_tested = seconds
         self.seconds_waited = 0.0
         self.bytes_received = recvbuf.numel() * recvbuf.element_size()
         self._in_flight.add(self)
@@ -152,12 +160,14 @@ def start_alltoallv(
         torch.cuda.current_stream(device).synchronize()
     row = MPI.BYTE.Create_contiguous(send.shape[1] * send.element_size()).Commit()
     recv_starts = [0, *accumulate(recv_counts)][:-1]
+    started = time.perf_counter()
     request = comm.Ialltoallv(
         [_as_bytes(send), (list(send_counts), list(send_starts)), row],
         [_as_bytes(recv), (list(recv_counts), recv_starts), row],
     )
+    seconds = time.perf_counter() - started
     row.Free()  # MPI keeps it until the exchange is complete
-    return Pending(request, send, recv, device, what)
+    return Pending(request, send, recv, device, what, seconds)
 
 
 def _as_bytes(tensor: torch.Tensor) -> Any:

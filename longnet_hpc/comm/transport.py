@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from longnet_hpc.comm.agreement import agree_on, allgather_objects, node_rank_and_size
@@ -17,7 +19,14 @@ from longnet_hpc.errors import LaunchError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Transport", "decide_transport", "device_pointers_work", "device_transport", "is_decided"]
+__all__ = [
+    "Transport",
+    "decide_transport",
+    "device_pointers_work",
+    "device_transport",
+    "is_decided",
+    "use_transport",
+]
 
 VARIABLE = "LONGNET_HPC_TRANSPORT"
 """Environment variable that forces ``direct`` or ``staged``."""
@@ -78,6 +87,18 @@ def device_transport() -> Transport:
     (`decide_transport`) decides for itself.
     """
     return _decided or decide_transport(None)
+
+
+@contextmanager
+def use_transport(transport: Transport | None) -> Iterator[None]:
+    """Let this process's device memory travel so within this context; None changes nothing. Not collective."""
+    global _decided
+    before = _decided
+    _decided = transport or before
+    try:
+        yield
+    finally:
+        _decided = before
 
 
 def decide_transport(comm: MPI.Comm | None, forced: str = "auto") -> Transport:

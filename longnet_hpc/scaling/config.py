@@ -118,12 +118,17 @@ class BenchConfig(ComputeConfig, _StepConfig):
     """Numbers of ranks of the points, none above those that run. None means powers of two, and all."""
     warmup: int = 1
     """Untimed rounds of each point."""
-    repeats: int = 5
-    """Timed rounds of each point, of which the median counts."""
+    repeats: int = 7
+    """Timed rounds of each point, of which the median counts; from 6 on its interval is one of 95% confidence."""
+    interleave: bool = True
+    """strong and weak take the rounds of all points in turn, so that all meet the same machine, and write at the end;
+    else one point after the other, each written when it is done."""
     max_bytes: int = 1 << 26
     """Largest message of the exchange sweep, in bytes a rank."""
     output: Path = Path("runs/bench")
-    """Folder of the records; points that it has are not measured again."""
+    """Folder of the records; points that it has of this config and machine are not measured again."""
+    trace: Path | None = field(default=None, metadata=THIS_CALL_ONLY)
+    """File for a trace of all ranks, to be seen in Perfetto or Chrome."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "tokens", "repeats", "max_bytes")
