@@ -215,12 +215,15 @@ def _work(
     counted = starts[:: -(-len(starts) // most) | 1]  # odd, so that segments, often of powers of two, take turns
     total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0)
     for start in counted:
-        length = min(at_once, seq_len - start)
-        bounds = tuple(start + length * rank // ranks for rank in range(ranks + 1))
-        total += attention_work(
-            pattern, Partition(bounds), rank, heads, kv_heads, ranks_per_node=per_node, seq_len=seq_len
-        )
+        slices = _slices(start, min(at_once, seq_len - start), ranks)
+        total += attention_work(pattern, slices, rank, heads, kv_heads, ranks_per_node=per_node, seq_len=seq_len)
     return total if len(counted) == len(starts) else total.times(len(starts), len(counted))
+
+
+@lru_cache(1 << 8)
+def _slices(start: int, length: int, ranks: int) -> Partition:
+    """Return the slices of a chunk."""
+    return Partition(tuple(start + length * rank // ranks for rank in range(ranks + 1)))
 
 
 @dataclass(frozen=True)

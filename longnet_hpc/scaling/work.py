@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from operator import sub
 
-from longnet_hpc.partition import Partition, Run
+from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Branch, Pattern
 
 __all__ = ["AttentionWork", "attention_work", "ranks_to_look_at"]
@@ -74,13 +75,24 @@ def attention_work(
         Length of the sequence that a chunk belongs to, in tokens; that of the partition by default.
     """
     total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0)
+    lengths = list(map(sub, partition.bounds[1:], partition.bounds))
+    extremes = min(lengths), max(lengths)
     for branch in pattern:
-        total += _of_branch(branch, partition, rank, heads, kv_heads, ranks_per_node, seq_len or partition.stop)
+        total += _of_branch(
+            branch, partition, rank, heads, kv_heads, ranks_per_node, seq_len or partition.stop, extremes
+        )
     return total
 
 
 def _of_branch(
-    branch: Branch, partition: Partition, rank: int, heads: int, kv_heads: int, ranks_per_node: int, seq_len: int
+    branch: Branch,
+    partition: Partition,
+    rank: int,
+    heads: int,
+    kv_heads: int,
+    ranks_per_node: int,
+    seq_len: int,
+    extremes: tuple[int, int],
 ) -> AttentionWork:
     w, start, stop = branch.segment_length, partition.bounds[rank], partition.bounds[rank + 1]
     node_start = partition.bounds[rank - rank % ranks_per_node]
@@ -93,34 +105,41 @@ def _of_branch(
             rows = run.rows(branch, offset)
             if rows == 0:
                 continue
-            at_offset = branch.heads_at(offset, heads)
-            queries += run.count * len(at_offset) * rows
+            at_offset, kv = _heads(branch.dilation_rate, offset, heads, kv_heads)
+            queries += run.count * at_offset * rows
             rows_before = _rows_before(branch, offset, run.phase)
-            pairs += run.count * len(at_offset) * (rows * (rows + 1) // 2 + rows * rows_before)
-            kv = len(set(branch.kv_heads_at(offset, heads, kv_heads)))
+            pairs += run.count * at_offset * (rows * (rows + 1) // 2 + rows * rows_before)
             received += kv * _rows_between(branch, offset, segment, first_here, position)
             within += kv * _rows_between(branch, offset, segment, max(first_here, node_start), position)
         if position > first_here:
             sources = rank + 1 - bisect_right(partition.bounds, first_here)
             messages += sources
             messages_within += min(sources, rank % ranks_per_node)
-    shortest = min(high - low for low, high in pairwise(partition.bounds))
     last = stop - 1 - (stop - 1) % w  # start of the segment that the slice ends in
     end = min(last + w, partition.stop)
     if stop > start and end > stop:
         begin = max(last, start)
         for offset in branch.offsets(heads):
             own = _rows_between(branch, offset, last, begin, stop)
-            kv = len(set(branch.kv_heads_at(offset, heads, kv_heads)))
-            sent += own * kv * _receivers(branch, offset, last, end, partition, rank, shortest) if own else 0
+            if own:
+                _, kv = _heads(branch.dilation_rate, offset, heads, kv_heads)
+                sent += own * kv * _receivers(branch, offset, last, end, partition, rank, extremes)
     if partition.stop < seq_len and partition.stop % w:
         carried = _carried(branch, partition, rank, heads)
     return AttentionWork(pairs, queries, received, within, sent, messages, messages_within, carried)
 
 
+@lru_cache(1 << 10)
+def _heads(rate: int, offset: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Return how many query heads have an offset, and how many key/value heads belong to these."""
+    branch = Branch(rate, rate)
+    return len(branch.heads_at(offset, heads)), len(set(branch.kv_heads_at(offset, heads, kv_heads)))
+
+
 def _rows_before(branch: Branch, offset: int, tokens: int) -> int:
     """Return the rows of a grid in the first ``tokens`` tokens of a segment."""
-    return Run(0, tokens, 1, 0).rows(branch, offset)
+    rate = branch.dilation_rate
+    return (tokens - offset + rate - 1) // rate if tokens > offset else 0
 
 
 def _rows_between(branch: Branch, offset: int, segment: int, start: int, stop: int) -> int:
@@ -134,10 +153,19 @@ def _rows_between(branch: Branch, offset: int, segment: int, start: int, stop: i
 
 
 def _receivers(
-    branch: Branch, offset: int, segment: int, end: int, partition: Partition, rank: int, shortest: int
+    branch: Branch,
+    offset: int,
+    segment: int,
+    end: int,
+    partition: Partition,
+    rank: int,
+    extremes: tuple[int, int],
 ) -> int:
     """Return how many later ranks have queries on a grid of a segment, and so need its keys."""
     bounds, rate = partition.bounds, branch.dilation_rate
+    shortest, longest = extremes
+    if longest <= rate:  # no rank has two rows
+        return _rows_between(branch, offset, segment, bounds[rank + 1], end)
     if shortest >= rate:  # every grid has a row on every rank, but perhaps on the last
         last = bisect_left(bounds, end) - 1
         return last - rank - (_rows_between(branch, offset, segment, bounds[last], end) == 0)
@@ -158,7 +186,7 @@ def _carried(branch: Branch, partition: Partition, rank: int, heads: int) -> int
     for offset in branch.offsets(heads):
         all_of_chunk = _rows_between(branch, offset, segment, partition.start, partition.stop)
         own = _rows_between(branch, offset, segment, start, stop)
-        rows += (all_of_chunk - own) * len(branch.heads_at(offset, heads))
+        rows += (all_of_chunk - own) * _heads(branch.dilation_rate, offset, heads, heads)[0]
     return rows
 
 
