@@ -78,12 +78,13 @@ class SequenceStream:
         self._plan: ChunkPlan | None = None
         self._received: dict[int, list[torch.Tensor]] = {}
         self._keeps = True
+        self._received_within = 0
         _streams[self._handle] = self
 
     @property
     def bytes_received(self) -> int:
-        """Bytes of carried rows, and of their gradients, that this rank has received from others."""
-        return sum(carry.bytes_received for carry in self.carries)
+        """Bytes that this rank has received from others: of carried rows and within chunks, and of all gradients."""
+        return self._received_within + sum(carry.bytes_received for carry in self.carries)
 
     @contextmanager
     def next_chunk(self, local_len: int) -> Iterator[ChunkPlan]:
@@ -101,7 +102,7 @@ class SequenceStream:
         try:
             yield plan
         finally:
-            self._plan = None
+            self._leave()
         self.position = plan.chunk.partition.stop
 
     @contextmanager
@@ -130,7 +131,7 @@ class SequenceStream:
                     store.bring_back(self.carries, plan.chunk)
             yield plan
         finally:
-            self._plan = None
+            self._leave()
             self._received.clear()
         self.position = start
 
@@ -148,7 +149,13 @@ class SequenceStream:
                 f"a chunk from {start} to {plan.partition.stop} reaches beyond the {self.seq_len} tokens in all"
             )
         self._plan = ChunkPlan(plan, Chunk(plan.partition, self.seq_len), self._layers)
+        self._received_within -= plan.bytes_received  # of earlier chunks, where the plan is theirs, too
         return self._plan
+
+    def _leave(self) -> None:
+        assert self._plan is not None
+        self._received_within += self._plan.plan.bytes_received
+        self._plan = None
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float

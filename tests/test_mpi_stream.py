@@ -82,13 +82,13 @@ def test_bytes_of_carried_rows_are_those_counted_token_by_token(comm):
             plan.of_layer(0).attention(*(x[:, its.start : its.stop] for x in (q, k, v)), causal=True)
         stream.settle()
         store.keep(stream.carries, plan.chunk)
-    received.append(stream.bytes_received)
+    received.append(sum(carry.bytes_received for carry in stream.carries))
     for its, start in reversed([*zip(own, bounds[:-1], strict=True)]):
         leaves = [x[:, its.start : its.stop].clone().requires_grad_() for x in (q, k, v)]
         with stream.chunk_again(start, len(its), store) as plan:
             plan.of_layer(0).attention(*leaves, causal=True).sum().backward()
     store.close()
-    received.append(stream.bytes_received - received[0])
+    received.append(sum(carry.bytes_received for carry in stream.carries) - received[0])
     answers = comm.allgather((received, [forward, backward]))
     assert [ours for ours, _ in answers] == [counted for _, counted in answers]
     assert sum(counted[0] for _, counted in answers) > 0

@@ -76,18 +76,19 @@ def test_rows_of_chunks_are_those_left_by_other_ranks(situation, before, after):
     partition = Partition(tuple(bound + before for bound in whole.bounds))
     seq_len = partition.stop + after
     for rank in range(partition.size):
-        carried = sum(
-            1
+        rows = [
+            p
             for branch in pattern
             if after and partition.stop % branch.segment_length
             for head in range(heads)
             for p in range(partition.start, partition.stop)
             if p // branch.segment_length == partition.stop // branch.segment_length
-            and p not in partition.slice_of(rank)
             and p % branch.segment_length % branch.dilation_rate == head % branch.dilation_rate
-        )
+        ]
+        own = sum(p in partition.slice_of(rank) for p in rows)
         work = attention_work(pattern, partition, rank, heads, kv_heads, seq_len=seq_len)
-        assert work.carried == carried
+        assert work.carried == len(rows) - own
+        assert work.left == own * (partition.size - 1)
 
 
 @pytest.mark.parametrize(("size", "ranks_per_node"), [(65, 8), (4096, 8), (4096, 1), (100, 100)])

@@ -140,11 +140,9 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
         if at_once < ranks:
             raise ConfigError(f"chunk_len must be at least the number of ranks, {ranks}, got {at_once}")
     heads = model.heads, model.kv_heads or model.heads
-    works = [
-        _work(model.pattern, *heads, config.seq_len, at_once, ranks, per_node, rank)
-        for rank in ranks_to_look_at(ranks, per_node)
-    ]
-    passes = _Passes.of(config)
+    looked_at = ranks_to_look_at(ranks, per_node)
+    works = [_work(model.pattern, *heads, config.seq_len, at_once, ranks, per_node, rank) for rank in looked_at]
+    passes = _Passes.of(config, -(-config.seq_len // at_once))
     every = [_seconds(config, machine, work, config.seq_len / ranks, share, passes) for work in works]
     slowest = max(every, key=lambda one: one.compute + one.wait)
     fixed = machine.step_seconds + training * machine.parameter_seconds * model.parameter_count * share
@@ -155,9 +153,9 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
     tokens = config.seq_len * config.batch_size
     reading = passes.sweeps * tokens / ranks * share / machine.input_bytes_per_second
     seconds = max(slowest.compute + slowest.wait + fixed + gradient, reading)
-    row_bytes = 2 * model.head_dim * machine.itemsize * config.batch_size
     received = max(
-        passes.forward * work.received + training * (work.sent + work.carried) + work.carried for work in works
+        _bytes_received(config, machine, work, rank, at_once, ranks)
+        for rank, work in zip(looked_at, works, strict=True)
     )
     at_once_received = max(work.received for work in works) * at_once // config.seq_len
     even = math.fsum(one.compute for one in every) / len(every) + fixed
@@ -176,7 +174,7 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
         gradient_seconds=gradient,
         input_seconds=reading,
         efficiency=even / seconds,
-        bytes_received=received * row_bytes * model.layers,
+        bytes_received=received,
         gradient_bytes=gradient_bytes,
         memory=memory_of_rank(config, machine, -(-at_once // ranks), at_once_received),
         capacity_bytes=capacity,
@@ -188,20 +186,20 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
 class _Passes:
     """How often a step computes what."""
 
-    sweeps: int
-    """Ways through the whole sequence, each with its reading."""
-    forward: int
+    sweeps: float
+    """Ways through the whole sequence, each with its reading; on its way there, a stream omits the last chunk."""
+    forward: float
     """Forward passes of attention, with their exchanges."""
-    blocks: int
+    blocks: float
     """Forward passes of everything else."""
     backward: int
     """Backward passes."""
 
     @classmethod
-    def of(cls, config: PlanConfig) -> _Passes:
+    def of(cls, config: PlanConfig, chunks: int) -> _Passes:
         if config.task == "eval":
             return cls(1, 1, 1, 0)
-        sweeps, again = 1 + config.stream, int(config.activation_checkpointing)
+        sweeps, again = 1 + config.stream * (chunks - 1) / chunks, int(config.activation_checkpointing)
         return cls(sweeps, sweeps + (again and not config.keep_attention), sweeps + again, 1)
 
 
@@ -213,7 +211,7 @@ def _work(
     starts = range(0, seq_len, at_once)
     most = max(8, _PLACES_COUNTED // min(ranks, 64))
     counted = starts[:: -(-len(starts) // most) | 1]  # odd, so that segments, often of powers of two, take turns
-    total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0)
+    total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0, 0)
     for start in counted:
         slices = _slices(start, min(at_once, seq_len - start), ranks)
         total += attention_work(pattern, slices, rank, heads, kv_heads, ranks_per_node=per_node, seq_len=seq_len)
@@ -224,6 +222,24 @@ def _work(
 def _slices(start: int, length: int, ranks: int) -> Partition:
     """Return the slices of a chunk."""
     return Partition(tuple(start + length * rank // ranks for rank in range(ranks + 1)))
+
+
+def _bytes_received(
+    config: PlanConfig, machine: Machine, work: AttentionWork, rank: int, at_once: int, ranks: int
+) -> int:
+    """Return what a rank receives in exchanges of attention, all layers and passes."""
+    model, training = config.model, config.task == "train"
+    rows = work.received + work.carried
+    if training:
+        again = config.activation_checkpointing and not config.keep_attention
+        rows += work.sent + again * work.received
+        rows += work.left * 4 // machine.itemsize  # gradients summed over ranks and chunks, in float32
+        if config.stream:  # the last chunk is not computed on the way there
+            start = (config.seq_len - 1) // at_once * at_once
+            last = _slices(start, config.seq_len - start, ranks)
+            heads = model.heads, model.kv_heads or model.heads
+            rows += work.received - attention_work(model.pattern, last, rank, *heads).received
+    return rows * 2 * model.head_dim * machine.itemsize * config.batch_size * model.layers
 
 
 @dataclass(frozen=True)

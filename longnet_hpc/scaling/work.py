@@ -37,6 +37,8 @@ class AttentionWork:
     """Of these, ranks of the same node."""
     carried: int
     """Rows of other ranks that a stream keeps for later chunks."""
+    left: int
+    """Rows of this rank that others keep so, one for each of them; their gradients come back."""
 
     def __add__(self, other: AttentionWork) -> AttentionWork:
         sums = (getattr(self, name) + getattr(other, name) for name in self.__slots__)
@@ -74,7 +76,7 @@ def attention_work(
     seq_len : int, optional
         Length of the sequence that a chunk belongs to, in tokens; that of the partition by default.
     """
-    total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0)
+    total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0, 0)
     lengths = list(map(sub, partition.bounds[1:], partition.bounds))
     extremes = min(lengths), max(lengths)
     for branch in pattern:
@@ -96,7 +98,7 @@ def _of_branch(
 ) -> AttentionWork:
     w, start, stop = branch.segment_length, partition.bounds[rank], partition.bounds[rank + 1]
     node_start = partition.bounds[rank - rank % ranks_per_node]
-    pairs = queries = received = within = sent = messages = messages_within = carried = 0
+    pairs = queries = received = within = sent = messages = messages_within = carried = left = 0
     for run in partition.runs(branch, rank):
         position = start + run.start
         segment = position - run.phase
@@ -125,8 +127,9 @@ def _of_branch(
                 _, kv = _heads(branch.dilation_rate, offset, heads, kv_heads)
                 sent += own * kv * _receivers(branch, offset, last, end, partition, rank, extremes)
     if partition.stop < seq_len and partition.stop % w:
-        carried = _carried(branch, partition, rank, heads)
-    return AttentionWork(pairs, queries, received, within, sent, messages, messages_within, carried)
+        carried, own = _carried(branch, partition, rank, heads)
+        left = own * (partition.size - 1)
+    return AttentionWork(pairs, queries, received, within, sent, messages, messages_within, carried, left)
 
 
 @lru_cache(1 << 10)
@@ -178,16 +181,21 @@ def _receivers(
     return count
 
 
-def _carried(branch: Branch, partition: Partition, rank: int, heads: int) -> int:
-    """Return the rows that other ranks leave of the segment open at the end of a chunk, a column a query head."""
+def _carried(branch: Branch, partition: Partition, rank: int, heads: int) -> tuple[int, int]:
+    """Return the rows that other ranks, and this one, leave of the segment open at the end of a chunk.
+
+    They have a column for each query head.
+    """
     segment = partition.stop - partition.stop % branch.segment_length
     start, stop = partition.bounds[rank], partition.bounds[rank + 1]
-    rows = 0
+    others = own = 0
     for offset in branch.offsets(heads):
         all_of_chunk = _rows_between(branch, offset, segment, partition.start, partition.stop)
-        own = _rows_between(branch, offset, segment, start, stop)
-        rows += (all_of_chunk - own) * _heads(branch.dilation_rate, offset, heads, heads)[0]
-    return rows
+        its = _rows_between(branch, offset, segment, start, stop)
+        at_offset, _ = _heads(branch.dilation_rate, offset, heads, heads)
+        others += (all_of_chunk - its) * at_offset
+        own += its * at_offset
+    return others, own
 
 
 def ranks_to_look_at(size: int, ranks_per_node: int) -> list[int]:
