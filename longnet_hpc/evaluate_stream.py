@@ -116,7 +116,7 @@ class _Evaluation:
         self.stream = compute.stream(self.seq_len)
         self.by_position, self.by_context = (_Totals(self.seq_len, compute.device) for _ in range(2))
         self.widest = max(self.model.config.segment_lengths)
-        self.seconds_before = 0.0
+        self.seconds_before, self.received_before = 0.0, 0
         self.facts = {
             "weights": subject.checkpoint.digest, "chunk_len": self.chunk_len, **subject.order.facts(),
             "dtype": str(compute.dtype).removeprefix("torch."), "half_residual": config.half_residual,
@@ -178,6 +178,7 @@ class _Evaluation:
         with agreed(launch.comm), self._naming_errors():
             if launch.rank == 0:
                 (self.subject.folder / STATE_NAME).unlink(missing_ok=True)
+        self.stream.settle()
         answers = allgather_objects(
             launch.comm, (reader.seconds_stalled, compute.peak_memory_bytes(), self.stream.bytes_received)
         )
@@ -190,7 +191,7 @@ class _Evaluation:
             seconds_stalled=stalled,
             flop=self.model.flop(1, self.seq_len, training=False),
             peak_memory_bytes=memory,
-            bytes_received=received,
+            bytes_received=self.received_before + received,
         )
 
     def _chunk(self, its: range, tokens: torch.Tensor, targets: torch.Tensor, *, compiled: bool) -> torch.Tensor:
@@ -220,7 +221,8 @@ class _Evaluation:
         tensors = {f"rows.{layer}.{index}": rows.contiguous() for layer, index, rows in self._rows()}
         for name, totals in self._totals().items():
             tensors[name] = all_reduce_sum(self.launch.comm, totals.sums)
-        about = {**self.facts, "position": self.stream.position, "seconds": seconds}
+        most = self.received_before + max(allgather_objects(self.launch.comm, self.stream.bytes_received))
+        about = {**self.facts, "position": self.stream.position, "seconds": seconds, "bytes_received": most}
         metadata = {"longnet_hpc": json.dumps(about)}
         path = self.subject.folder / STATE_NAME
         kinds = (OSError, SafetensorError)  # a full disk is either
@@ -260,6 +262,7 @@ class _Evaluation:
                 for name, totals in self._totals().items():
                     totals.sums.copy_(file.get_tensor(name))
         self.stream.position, self.seconds_before = about["position"], about["seconds"]
+        self.received_before = about["bytes_received"]
 
     def _rows(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         for layer, carry in enumerate(self.stream.carries):

@@ -93,7 +93,7 @@ class StreamTrainer(Trainer):
             dropout_seed=self.config.seed + self.reader.batch_index,
         )
         with agreed(comm), self._naming_errors():
-            self._load(sweep)
+            received_before = self._load(sweep)
         (sequence,) = self.reader.sequences(self.reader.batch_index)
 
         def read(its: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ class StreamTrainer(Trainer):
                 tokens, seconds = tokens + len(chunk), time.perf_counter() - begin
                 line = {
                     "step": self.steps_done + 1, "sweep": "forward" if there else "backward",
-                    "first_token": chunk.start, "tokens": len(chunk), "seconds": seconds,
+                    "first_token": chunk.start, "tokens": len(chunk), "seconds": self.seconds_before + seconds,
                 }  # fmt: skip
                 with agreed(comm), self._naming_errors():
                     store.check()
@@ -123,7 +123,7 @@ class StreamTrainer(Trainer):
                 update(f"{'there' if there else 'and back'}, {tokens / seconds:,.0f} tokens/s")
                 if sweep.done < sweep.total and self.stop.asked(comm):
                     with span("checkpoint", "step that is left"):
-                        self._save(sweep)
+                        self._save(sweep, self.seconds_before + seconds, received_before + stream.bytes_received)
                     raise StoppedError(
                         f"left in step {self.steps_done + 1} after {sweep.done:,} of {sweep.total:,} chunks; "
                         f"train --resume {self.folder} goes on"
@@ -133,7 +133,7 @@ class StreamTrainer(Trainer):
                 for path in (self.folder / STATE_NAME, *self.folder.glob(f"{ROWS_NAME}*")):
                     path.unlink(missing_ok=True)
         self.reader.batch_index += 1
-        return sweep.loss, stream.bytes_received
+        return sweep.loss, received_before + stream.bytes_received
 
     def check_data(self) -> None:
         """Read the beginning of the next sequence, to find damage before anything is written; see `Trainer`."""
@@ -165,8 +165,11 @@ class StreamTrainer(Trainer):
             in_files = _about(file).get("in_files", [])
         return self.launch.rank < len(in_files) and bool(in_files[self.launch.rank])
 
-    def _save(self, sweep: GradientSweep) -> None:
-        """Keep what is needed to go on within a step: what ranks have added up is kept as its sum. Collective."""
+    def _save(self, sweep: GradientSweep, seconds: float, received: int) -> None:
+        """Keep what is needed to go on within a step: what ranks have added up is kept as its sum. Collective.
+
+        The seconds that the step took so far, and the most bytes that a rank received, are kept, too.
+        """
         comm = self.launch.comm
         tensors = {f"rows.{layer}.{index}": carry.rows[index] for layer, index, carry in _carried(sweep)}
         sums = {"loss": sweep.loss}
@@ -178,7 +181,9 @@ class StreamTrainer(Trainer):
                     sums[f"carried.{layer}.{index}.{part}"] = gradient.total
         tensors |= {name: all_reduce_sum(comm, tensor) for name, tensor in sums.items()}
         in_files = allgather_objects(comm, self.in_file or self.launch.rank == 0)
-        metadata = {"longnet_hpc": json.dumps(self._facts() | {"done": sweep.done, "in_files": in_files})}
+        most = max(allgather_objects(comm, received))
+        about = {"done": sweep.done, "in_files": in_files, "seconds": seconds, "bytes_received": most}
+        metadata = {"longnet_hpc": json.dumps(self._facts() | about)}
         with agreed(comm), self._naming_errors():
             if self.launch.rank == 0 or self.in_file:
                 sweep.store.save(self.folder / ROWS_NAME)
@@ -188,18 +193,19 @@ class StreamTrainer(Trainer):
             if self.launch.rank == 0:
                 replace_file(path, lambda partial: save_file(tensors, partial, metadata))
 
-    def _load(self, sweep: GradientSweep) -> None:
-        """Take up what `_save` kept, if anything; on each rank for itself."""
+    def _load(self, sweep: GradientSweep) -> int:
+        """Take up what `_save` kept, if anything, and return the bytes received before; on each rank for itself."""
         path = self.folder / STATE_NAME
+        self.seconds_before = 0.0
         if not path.is_file():
-            return
+            return 0
         with self._naming_damage(), self._open_state() as file:
             about = _about(file)
             for name, value in self._facts().items():
                 if about.get(name) != value:
                     raise CheckpointError(f"step left in {path} has {name} {about.get(name)}, not {value}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        sweep.done = about["done"]
+        sweep.done, self.seconds_before = about["done"], about["seconds"]
         sweep.stream.position = sweep.order[sweep.done].start
         for name, rows in tensors.items():
             kind, *place = name.split(".")
@@ -216,6 +222,8 @@ class StreamTrainer(Trainer):
                 parameter.grad = tensors[f"gradient.{name}"]
         if not (self.in_file and self._has_rows()):
             sweep.store.load(self.folder / ROWS_NAME)
+        received: int = about["bytes_received"]
+        return received
 
 
 def _free_memory() -> int:

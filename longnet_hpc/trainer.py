@@ -47,6 +47,8 @@ class Trainer:
     ----------
     compiled : bool
         Whether `torch.compile` makes the code of the blocks, in the first step.
+    seconds_before : float
+        Seconds of earlier calls on the step under way, which they left.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Trainer:
             self.model.compile_blocks()
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.steps_done = 0
+        self.seconds_before = 0.0
         if checkpoint is not None:
             checkpoint.check_fits(config.model, self.order)
             self.optimizer.load_state(checkpoint.tensors, checkpoint.step)
@@ -117,7 +120,7 @@ class Trainer:
         """
         begin = time.perf_counter()
         loss, received = self.accumulate()
-        return self.update(loss, received, time.perf_counter() - begin)
+        return self.update(loss, received, self.seconds_before + time.perf_counter() - begin)
 
     def accumulate(self) -> tuple[torch.Tensor, int]:
         """Add up the gradient of one step in the parameters, of the mean loss as far as it is this rank's. Collective.

@@ -126,11 +126,12 @@ def test_streamed_evaluation_equals_that_of_one_piece(corpus, trained, in_one_pi
     assert (tmp_path / "eval" / "loss_by_position.png").stat().st_size > 0
 
 
-def test_evaluation_that_was_left_is_gone_on_with_on_other_ranks(corpus, trained, in_one_piece, tmp_path, capsys):
+def test_evaluation_that_was_left_is_gone_on_with_on_other_ranks(corpus, trained, in_one_piece, tmp_path):
     words = eval_words(corpus, trained, tmp_path / "eval", *STREAM)
-    for done in (1, 2):
-        assert main([*words, "--stop-after", "0"]) == 75
-        assert f"left at token {done * CHUNK_LEN:,} of {SEQ_LEN:,}" in capsys.readouterr().out
+    for done, ranks in ((1, 2), (2, 1)):
+        left = run_command(*words, "--stop-after", "0", ranks=ranks)
+        assert left.returncode == 75
+        assert f"left at token {done * CHUNK_LEN:,} of {SEQ_LEN:,}" in left.stdout
     assert not (tmp_path / "eval" / "result.json").exists()
     assert (tmp_path / "eval" / "stream.safetensors").is_file()
     done = run_command(*words, ranks=2)
@@ -147,6 +148,9 @@ def test_evaluation_that_was_left_is_gone_on_with_on_other_ranks(corpus, trained
         assert line == pytest.approx(other, rel=1e-5)
     assert not (tmp_path / "eval" / "stream.safetensors").exists()
     assert ours["seconds"] > read_records(tmp_path / "eval" / "chunks.jsonl")[1]["seconds"]
+    done = run_command(*eval_words(corpus, trained, tmp_path / "two", *STREAM), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "two")["bytes_received"] > ours["bytes_received"] > 0  # but for the second chunk
 
 
 def test_no_context_is_longer_than_the_widest_segment(corpus, tmp_path):
@@ -258,7 +262,12 @@ def test_training_that_was_left_within_a_step_is_gone_on_with(
     assert (tmp_path / "run" / "sweep.safetensors").is_file()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert_same_training(tmp_path / "run", trained)
-    assert len(read_records(tmp_path / "run" / "chunks.jsonl")) == 2 * 15
+    chunks = read_records(tmp_path / "run" / "chunks.jsonl")
+    assert len(chunks) == 2 * 15
+    left_at = (step - 1) * 15 + done
+    assert chunks[left_at - 1]["seconds"] < chunks[left_at]["seconds"]  # of the step, over both calls
+    line = read_records(tmp_path / "run" / "metrics.jsonl")[step - 1]
+    assert line["seconds"] > chunks[step * 15 - 1]["seconds"]
 
 
 @pytest.fixture
@@ -284,6 +293,9 @@ def test_step_left_on_three_ranks_is_gone_on_with_on_one(corpus, trained, tmp_pa
     assert_left(run_python(script, len(chunks[1:]) * "0" + "1", 0.5, *words, ranks=3))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert_same_training(tmp_path / "run", trained)
+    first, second = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert first["bytes_received"] > 0
+    assert second["bytes_received"] == 0
 
 
 @pytest.mark.parametrize("share_before", [0.0, 0.5])
