@@ -38,11 +38,16 @@ class SpanExchange:
         Who sends what, in rows.
     comm : mpi4py.MPI.Comm
         The ranks of the segment, in order.
+
+    Attributes
+    ----------
+    gather : RowGather
+        The transfer, of rows that are packed.
     """
 
     def __init__(self, layout: SpanLayout, comm: MPI.Comm) -> None:
         self.layout = layout
-        self._gather = RowGather(comm, layout.send_counts, layout.send_starts, layout.recv_counts)
+        self.gather = RowGather(comm, layout.send_counts, layout.send_starts, layout.recv_counts)
 
     def start(self, k: torch.Tensor, v: torch.Tensor) -> Pending:
         """Start gathering the rows that this rank needs. Collective over the segment's ranks.
@@ -52,11 +57,17 @@ class SpanExchange:
         k, v : torch.Tensor
             This rank's slice, ``(batch, local_len, kv_heads, head_dim)``.
         """
-        send = k.new_empty(self._offered_shape(k))
+        send = k.new_empty(self.offered_shape(k))
         for grid, block in self._offered(send):
             for part, x in enumerate((k, v)):
                 block[:, :, part].copy_(grid_view(x, grid).squeeze(1).permute(2, 1, 0, 3))
-        return self._gather.start(send.flatten(1))
+        return self.gather.start(send.flatten(1))
+
+    def offered_shape(self, k: torch.Tensor) -> tuple[int, int, int, int]:
+        """Return the shape of what `start` sends parts of: ``(rows, 2, batch, head_dim)``."""
+        layout, rank = self.layout, self.gather.comm.rank
+        rows = sum(layout.block_rows(layout.span.ranks[rank], offsets) for offsets in layout.offered)
+        return rows, 2, k.shape[0], k.shape[3]
 
     def received_shape(self, k: torch.Tensor) -> tuple[int, int, int, int]:
         """Return the shape of what `finish` returns: ``(rows, 2, batch, head_dim)``."""
@@ -89,20 +100,15 @@ class SpanExchange:
             for part, grad in enumerate(row_grads[offset]):
                 block[:, :, part].copy_(grad[:, rows].permute(1, 2, 0, 3))
             position[offset] = rows.stop
-        return self._gather.start_adjoint(send.flatten(1))
+        return self.gather.start_adjoint(send.flatten(1))
 
     def finish_adjoint(self, pending: Pending, k: torch.Tensor, dk: GradientCollector, dv: GradientCollector) -> None:
         """Wait for `start_adjoint`; add what came back, in rank order, onto the gradients of k and v."""
-        total = k.new_zeros(self._offered_shape(k), dtype=wide_dtype(k.dtype))
-        self._gather.finish_adjoint(pending, total.flatten(1))
+        total = k.new_zeros(self.offered_shape(k), dtype=wide_dtype(k.dtype))
+        self.gather.finish_adjoint(pending, total.flatten(1))
         for grid, block in self._offered(total):
             for part, gradient in enumerate((dk, dv)):
                 gradient.add(slice(0, k.shape[0]), grid, block[:, :, part].permute(2, 1, 0, 3))
-
-    def _offered_shape(self, k: torch.Tensor) -> tuple[int, int, int, int]:
-        layout, rank = self.layout, self._gather.comm.rank
-        rows = sum(layout.block_rows(layout.span.ranks[rank], offsets) for offsets in layout.offered)
-        return rows, 2, k.shape[0], k.shape[3]
 
     def _offered(self, rows: torch.Tensor) -> Iterator[tuple[Grid, torch.Tensor]]:
         """Yield each grid that this rank offers, with its part ``(tokens, heads, 2, batch, head_dim)`` of the rows."""

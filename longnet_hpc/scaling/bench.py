@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +15,27 @@ from longnet_hpc.comm import agreed, broadcast_object
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import to_table
-from longnet_hpc.errors import ConfigError
+from longnet_hpc.errors import ConfigError, StoppedError
 from longnet_hpc.files import naming_errors
 from longnet_hpc.progress import steps_bar
-from longnet_hpc.record import append_record, make_record, read_records, where
+from longnet_hpc.record import append_record, check_record, make_record, read_records, where
 from longnet_hpc.scaling.bench_attention import AttentionPoint
 from longnet_hpc.scaling.bench_exchange import ExchangePoint, exchange_points
 from longnet_hpc.scaling.bench_steps import Steps, StepsPoint, point_model, tolerance
 from longnet_hpc.scaling.bench_table import show
 from longnet_hpc.scaling.config import BenchConfig
 from longnet_hpc.scaling.rounds import rest_until_all, some_ranks
+from longnet_hpc.stopping import StopRequest
 from longnet_hpc.trace import Trace, current, use
 
 __all__ = ["bench", "points_of"]
 
 _SHORTEST_TOKENS = 8192
 """Shortest sequence of the sweeps over lengths, unless the longest is shorter."""
-_CHOICE_OF_CALL = ("ranks", "output")
-"""Fields that a point does not depend on."""
+_OF_THE_SWEEP = ("ranks", "tokens", "max_bytes", "output")
+"""Fields that say which points there are, on which none of them depends."""
+_OF_THE_PLACE = ("cpu", "cpu_count", "threads", "gpu", "mpi_library", "transport", "ranks_per_node", "versions")
+"""What of the ``where`` of a record must be as it is here, that the point need not be measured again."""
 
 Point = dict[str, Any]
 
@@ -69,6 +72,8 @@ def bench(config: BenchConfig, launch: Launch) -> list[dict[str, Any]]:
 
     Raises
     ------
+    StoppedError
+        If SIGTERM or SIGUSR1 came: points that have records are not measured again by another call.
     ConfigError
         If a point cannot be, or if a check failed, after all records have been written.
     LongNetError or OSError
@@ -88,27 +93,16 @@ def bench(config: BenchConfig, launch: Launch) -> list[dict[str, Any]]:
         logging.getLogger("longnet_hpc").info(
             "%s has %s of %s points of this config: they are not measured again", path, len(done), len(points)
         )
-    with ExitStack() as stack:
-        if current() is None:
-            stack.enter_context(use(Trace(on_gpu=launch.device.type == "cuda")))
-        launch_of = stack.enter_context(some_ranks(launch, [point["ranks"] for point in missing]))
-        update = stack.enter_context(
-            steps_bar(
-                launch.rank, f"bench {config.sweep}", len(missing) * (config.warmup + config.repeats), unit="round"
-            )
-        )
-        sweep = _Sweep(config, launch, launch_of, path, update, found)
-        together = config.interleave and config.sweep in ("strong", "weak")
-        for group in [missing] if together else [[point] for point in missing]:
-            sweep.measure(group)
+    sweep = _Sweep(config, launch, path, found)
+    if missing:
+        sweep.run(missing)
     records = sorted(sweep.records, key=lambda record: points.index(record["what"]["config"]["point"]))
     failed = broadcast_object(launch.comm, [record["what"]["config"]["point"] for record in sweep.failed])
     if launch.rank == 0:
         show(config.sweep, records, path)
     if failed:
         raise ConfigError(
-            f"{len(failed)} points gave wrong results, so their times mean nothing: "
-            + "; ".join(_in_words(point) for point in failed)
+            "results are wrong, so their times mean nothing: " + "; ".join(_in_words(point) for point in failed)
         )
     return records
 
@@ -152,9 +146,7 @@ class _Sweep:
 
     config: BenchConfig
     launch: Launch
-    launch_of: Callable[[int], Launch | None]
     path: Path
-    update: Callable[[str], None]
     records: list[dict[str, Any]]
     """On rank 0."""
 
@@ -162,22 +154,44 @@ class _Sweep:
         self.failed: list[dict[str, Any]] = []
         self._steps = Steps(self.config, self.launch.device)
 
-    def measure(self, points: Sequence[Point]) -> None:
-        """Measure some points, their rounds in turn, and write their records. Collective over all ranks."""
+    def run(self, points: Sequence[Point]) -> None:
+        """Measure points and write their records. Collective over all ranks."""
+        config, launch = self.config, self.launch
+        with ExitStack() as stack:
+            if current() is None:
+                stack.enter_context(use(Trace(on_gpu=launch.device.type == "cuda")))
+            rounds = len(points) * (config.warmup + config.repeats)
+            self._update = stack.enter_context(steps_bar(launch.rank, f"bench {config.sweep}", rounds, unit="round"))
+            self._stop = stack.enter_context(StopRequest())
+            self._launch_of = stack.enter_context(some_ranks(launch, [point["ranks"] for point in points]))
+            together = config.interleave and config.sweep in ("strong", "weak")
+            for group in [points] if together else [[point] for point in points]:
+                self._measure(group)
+
+    def _measure(self, points: Sequence[Point]) -> None:
+        """Measure some points, their rounds in turn, and write their records. Collective over all ranks.
+
+        Raises
+        ------
+        StoppedError
+            If a rank was told to stop; these points then have no records.
+        """
         config, launch = self.config, self.launch
         its: list[Measured | None] = []
         for point in points:
-            some = self.launch_of(point["ranks"])
+            some = self._launch_of(point["ranks"])
             measured: Measured | None = None
             with agreed(launch.comm):
                 measured = None if some is None else self._make(point, some)
             its.append(measured)
         for number in range(config.warmup + config.repeats):
             for point, measured in zip(points, its, strict=True):
+                if self._stop.asked(launch.comm):
+                    raise StoppedError(f"left before {_in_words(point)}; the same command goes on with {self.path}")
                 if measured is not None:
                     measured.take(timed=number >= config.warmup)
                 rest_until_all(launch)
-                self.update(_in_words(point))
+                self._update(_in_words(point))
         for point, measured in zip(points, its, strict=True):
             record = None
             if measured is not None:
@@ -200,25 +214,16 @@ class _Sweep:
 
     def _record(self, point: Point, results: dict[str, Any], check: tuple[str, bool]) -> dict[str, Any]:
         config, (said, passed) = self.config, check
-        if config.sweep in ("strong", "weak"):
-            first = min(self.records, key=_ranks_of, default=None)
-            speedup, loss = 1.0, results["loss_nats_per_token"]
-            if first is not None:
-                speedup = first["results"]["seconds"] / results["seconds"]
-                loss = first["results"]["loss_nats_per_token"]
-            results["efficiency"] = speedup
-            if config.sweep == "strong" and first is not None:
-                results["efficiency"] /= point["ranks"] / _ranks_of(first)
-                said += f", and that of {_ranks_of(first)} rank(s)"
-                passed = passed and abs(results["loss_nats_per_token"] - loss) <= _tolerance(config, self.launch) * loss
-        its_launch = self.launch_of(point["ranks"])
-        place = where(its_launch)
-        place["mpi_library"] = where(self.launch)["mpi_library"]
+        first = min(self.records, key=_ranks_of, default=None)
+        if config.sweep == "strong" and first is not None:
+            ours, theirs = (its["loss_nats_per_token"] for its in (results, first["results"]))
+            said += f", and that of {_in_words(first['what']['config']['point'])}"
+            passed = passed and abs(ours - theirs) <= _tolerance(config, self.launch) * theirs
         return make_record(
             f"bench {config.sweep}",
             config=_table(config, point),
             results=results,
-            place=place,
+            place=_place(self.launch, point),
             check=(said, passed),
             warmup=config.warmup,
             repeats=config.repeats,
@@ -244,21 +249,29 @@ def _table(config: BenchConfig, point: Point) -> dict[str, Any]:
     return to_table(config) | {"model": to_table(model), "point": point}
 
 
+def _place(launch: Launch, point: Point) -> dict[str, Any]:
+    """Return where a point is measured, as the ``where`` of its record."""
+    ranks = {"ranks": point["ranks"], "ranks_per_node": min(point["ranks"], launch.node_size)}
+    return {**where(launch), **ranks, "threads": torch.get_num_threads()}
+
+
 def _found(path: Path, config: BenchConfig, launch: Launch, points: Sequence[Point]) -> list[dict[str, Any]]:
     """Return the records of points that were measured before, of the same config on the same kind of machine."""
-    if not path.exists():
-        return []
-    here = where(launch)
     found: dict[int, dict[str, Any]] = {}
-    for record in read_records(path):
-        its = record["what"]["config"]
+    for record in read_records(path) if path.exists() else []:
+        try:
+            check_record(record)
+        except ConfigError:
+            continue  # it is not ours, and nothing is lost if it stays
+        its, place = record["what"]["config"], record["where"]
         point = its.get("point")
         if point not in points or not record["check"]["passed"]:
             continue
-        same_machine = all(record["where"][key] == here[key] for key in ("cpu", "gpu", "mpi_library"))
-        wanted = _table(config, point)
-        same = all(its.get(key) == wanted.get(key) for key in (its.keys() | wanted.keys()) - set(_CHOICE_OF_CALL))
-        if same and same_machine:
+        wanted, here = _table(config, point), _place(launch, point)
+        fields = (its.keys() | wanted.keys()).difference(_OF_THE_SWEEP)
+        if all(its.get(key) == wanted.get(key) for key in fields) and all(
+            place.get(key) == here[key] for key in _OF_THE_PLACE
+        ):
             found[points.index(point)] = record
     return [found[number] for number in sorted(found)]
 

@@ -12,8 +12,9 @@ from longnet_hpc.comm import allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
 from longnet_hpc.pattern import Pattern
-from longnet_hpc.scaling.bench_steps import ExchangeCount, needed_bytes, point_model
+from longnet_hpc.scaling.bench_steps import point_model
 from longnet_hpc.scaling.config import BenchConfig
+from longnet_hpc.scaling.overlap import Overlap
 from longnet_hpc.scaling.rounds import Rounds
 from longnet_hpc.trace import span
 
@@ -46,7 +47,7 @@ class AttentionPoint:
         self._model = point_model(config, tokens)
         self._compute = Compute(config, launch, self._model, tokens)
         self._plan = self._compute.plan()
-        self._exchanges = ExchangeCount(self._plan, self._model)
+        self._overlap = Overlap(self.rounds, self._plan)
         self._training = config.task == "train"
         heads, kv_heads = self._model.heads, self._model.kv_heads or self._model.heads
         its = self._compute.slice_of
@@ -59,10 +60,7 @@ class AttentionPoint:
 
     def take(self, *, timed: bool) -> None:
         """Do a round. Collective over the ranks of the point."""
-        self._exchanges.begin()
-        self.rounds.take(self._work, timed=timed)
-        if timed:
-            self._exchanges.end()
+        self._overlap.take(self._work, timed=timed)
 
     def _work(self) -> None:
         for leaf in self._leaves:
@@ -80,20 +78,13 @@ class AttentionPoint:
         results, tokens = self.rounds.results(), self._tokens * config.batch_size
         forward = model.pattern.flop(self._tokens, model.heads, model.head_dim, causal=True)
         flop = round(config.batch_size * forward * (1 + (_BACKWARD if self._training else 0)))
-        row_bytes = 2 * config.batch_size * model.head_dim * self._compute.dtype.itemsize
-        least = needed_bytes(
-            model, self._compute.partition, self._launch.rank, row_bytes, layers=1, training=self._training
-        )
-        counted = self._exchanges.results(
-            self._launch, torch.zeros_like(self._leaves[_KEYS]), layers=1, training=self._training, least=least
-        )
         return {
             **results,
             "tokens": tokens,
             "tokens_per_second": tokens / results["seconds"],
             "model_flop": flop,
             "model_flop_per_second": flop / results["seconds"],
-            **counted,
+            **self._overlap.results(model, self._leaves[_KEYS], layers=1, training=self._training),
         }
 
     def check(self) -> tuple[str, bool]:

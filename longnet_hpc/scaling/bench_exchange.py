@@ -131,7 +131,7 @@ class ExchangePoint:
     def _rows(self, rank: int, count: int) -> torch.Tensor:
         """Return the rows of a rank, whose numbers no other rank has in the same order."""
         numbers = torch.arange(count * _ROW_BYTES // 4, device=self._launch.device)
-        return ((numbers * (rank + 2) + rank) % _VALUES).float().view(count, -1)
+        return ((numbers * (rank + 2) + rank) % _VALUES).float().view(count, _ROW_BYTES // 4)
 
     def _expected_rows(self) -> torch.Tensor:
         parts = []

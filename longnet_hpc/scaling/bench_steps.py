@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -11,28 +10,23 @@ from typing import Any
 
 import torch
 
-from longnet_hpc.comm import all_reduce_sum, allgather_objects, barrier
+from longnet_hpc.comm import all_reduce_sum, allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
 from longnet_hpc.config import OPTIMIZERS, LongNetConfig
-from longnet_hpc.exchange import SpanExchange
 from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import Optimizer
-from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.scaling.config import BenchConfig
+from longnet_hpc.scaling.overlap import Overlap
 from longnet_hpc.scaling.rounds import Rounds
-from longnet_hpc.scaling.work import attention_work
-from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.sweep import chunk_bounds, slice_of_chunk
 from longnet_hpc.trace import span
 
-__all__ = ["ExchangeCount", "Steps", "StepsPoint", "needed_bytes", "point_model", "tolerance"]
+__all__ = ["Steps", "StepsPoint", "point_model", "tolerance"]
 
 _BLOCK = 1 << 16
 """Tokens drawn at once."""
-_ALONE_REPEATS = 9
-"""Repetitions of the exchanges of a layer by themselves, of which the median counts."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -46,112 +40,6 @@ def point_model(config: BenchConfig, tokens: int) -> LongNetConfig:
         return config.model
     pattern = Pattern.geometric(tokens, *config.geometric)
     return replace(config.model, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)
-
-
-def needed_bytes(
-    model: LongNetConfig, partition: Partition, rank: int, row_bytes: int, *, layers: int, training: bool
-) -> int:
-    """Return the fewest bytes that a rank must receive in a step, counted from geometry.
-
-    Keys and values of other ranks that its queries see, once a layer; in training, the gradients of its own as each of
-    the ranks that saw them makes them.
-
-    Parameters
-    ----------
-    model, partition, rank
-        What is computed, and where.
-    row_bytes : int
-        Keys and values of one token and head, of all sequences of a batch.
-    layers : int
-        How many times attention is computed.
-    training : bool
-        Whether there is a backward pass.
-    """
-    work = attention_work(model.pattern, partition, rank, model.heads, model.kv_heads or model.heads)
-    return layers * row_bytes * (work.received + (work.sent if training else 0))
-
-
-class ExchangeCount:
-    """What the exchanges of a plan were in its rounds, beside what they take alone.
-
-    Parameters
-    ----------
-    plan : SequencePlan
-        Whose exchanges.
-    model : LongNetConfig
-        Numbers of heads.
-    """
-
-    def __init__(self, plan: SequencePlan, model: LongNetConfig) -> None:
-        self._plan, self._model = plan, model
-        self._rounds: list[tuple[float, float, int]] = []
-        self._before = (0.0, 0.0, 0)
-
-    def begin(self) -> None:
-        """Begin a round."""
-        self._before = self._now()
-
-    def end(self) -> None:
-        """End a round."""
-        now, before = self._now(), self._before
-        self._rounds.append((now[0] - before[0], now[1] - before[1], now[2] - before[2]))
-
-    def forget(self) -> None:
-        """Leave out the rounds so far."""
-        self._rounds.clear()
-
-    def _now(self) -> tuple[float, float, int]:
-        return self._plan.seconds_tested, self._plan.seconds_waited, self._plan.bytes_received
-
-    def results(self, launch: Launch, x: torch.Tensor, *, layers: int, training: bool, least: int) -> dict[str, Any]:
-        """Return what records say of exchanges, the same on all ranks. Collective over the ranks of the point.
-
-        Parameters
-        ----------
-        launch : Launch
-            The ranks of the point.
-        x : torch.Tensor
-            Shaped and typed as the keys of this rank.
-        layers : int
-            How many times attention is computed in a round.
-        training : bool
-            Whether there is a backward pass.
-        least : int
-            Fewest bytes that this rank must receive.
-        """
-        middle = [statistics.median(column) for column in zip(*self._rounds, strict=True)]
-        alone = layers * self._alone(launch, x, training=training)
-        answers = allgather_objects(launch.comm, (*middle, alone, least))
-        tested, waited, received, alone, least = (max(column) for column in zip(*answers, strict=True))
-        results = {"bytes_received": int(received), "bytes_received_minimum": least}
-        if received:
-            inside = max(its[0] + its[1] for its in answers)
-            results |= {
-                "exchange_alone_seconds": alone,
-                "exchange_driven_seconds": tested,
-                "exchange_waited_seconds": waited,
-                "hidden_fraction": 1 - inside / alone,
-            }
-        return results
-
-    def _alone(self, launch: Launch, x: torch.Tensor, *, training: bool) -> float:
-        """Return the time in MPI of the exchanges of one layer, with nothing to compute. Collective."""
-        heads, kv_heads = self._model.heads, x.shape[2]
-        exchanges: list[SpanExchange] = [e for _, e in self._plan.exchanges(heads, kv_heads, causal=True)]
-        times = []
-        for _ in range(_ALONE_REPEATS if launch.comm is not None else 0):
-            barrier(launch.comm)
-            flights = [exchange.start(x, x) for exchange in exchanges]
-            received = [exchange.finish(its, x) for exchange, its in zip(exchanges, flights, strict=True)]
-            if training:
-                barrier(launch.comm)
-                rows = [exchange.unpack(its) for exchange, its in zip(exchanges, received, strict=True)]
-                back = [exchange.start_adjoint(its, x) for exchange, its in zip(exchanges, rows, strict=True)]
-                for its in back:
-                    its.finish()
-                flights += back
-            times.append(sum(its.seconds_tested + its.seconds_waited for its in flights))
-        return statistics.median(times) if times else 0.0
 
 
 class Steps:
@@ -225,22 +113,14 @@ class StepsPoint:
         self._compute = Compute(steps.config, launch, self._model_config, tokens)
         self._model = steps.model(self._model_config, compiled=self._compute.compiles)
         self._plan = self._compute.plan()
-        self._exchanges = ExchangeCount(self._plan, self._model_config)
+        self._overlap = Overlap(self.rounds, self._plan)
         self._inputs, self._targets = self._draw(self._compute.slice_of)
         self._loss = 0.0
-
-    @property
-    def model_config(self) -> LongNetConfig:
-        """The model of this point."""
-        return self._model_config
 
     def take(self, *, timed: bool) -> None:
         """Do a round. Collective over the ranks of the point."""
         work: Callable[[], None] = self._train if self._config.task == "train" else self._evaluate
-        self._exchanges.begin()
-        self.rounds.take(work, timed=timed)
-        if timed:
-            self._exchanges.end()
+        self._overlap.take(work, timed=timed)
 
     def results(self) -> dict[str, Any]:
         """Return what the record says of all rounds. Collective over the ranks of the point."""
@@ -248,13 +128,8 @@ class StepsPoint:
         results = self.rounds.results()
         tokens = self._tokens * config.batch_size
         flop = self._model.flop(config.batch_size, self._tokens, training=training)
-        kv_heads, itemsize = model.kv_heads or model.heads, self._compute.dtype.itemsize
-        least = needed_bytes(
-            model, self._compute.partition, self._launch.rank, 2 * config.batch_size * model.head_dim * itemsize,
-            layers=model.layers, training=training,
-        )  # fmt: skip
         x = torch.zeros(
-            (config.batch_size, len(self._compute.slice_of), kv_heads, model.head_dim),
+            (config.batch_size, len(self._compute.slice_of), model.kv_heads or model.heads, model.head_dim),
             dtype=self._compute.dtype, device=self._compute.device,
         )  # fmt: skip
         return {
@@ -264,7 +139,7 @@ class StepsPoint:
             "loss_nats_per_token": self._loss,
             "model_flop": flop,
             "model_flop_per_second": flop / results["seconds"],
-            **self._exchanges.results(self._launch, x, layers=model.layers, training=training, least=least),
+            **self._overlap.results(model, x, layers=model.layers, training=training),
         }
 
     def check(self) -> tuple[str, bool]:

@@ -6,11 +6,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["show"]
+__all__ = ["efficiencies", "show"]
 
 Row = dict[str, Any]
 _Column = tuple[str, Callable[[Row, Row], str]]
 """A title, and what it says of a point and its results."""
+
+
+def efficiencies(records: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the tokens a second and rank of each record over those of the one of the fewest ranks."""
+    if not records:
+        return []
+    points = [record["what"]["config"]["point"] for record in records]
+    rates = [
+        record["results"]["tokens_per_second"] / point["ranks"] for record, point in zip(records, points, strict=True)
+    ]
+    _, first = min((point["ranks"], rate) for point, rate in zip(points, rates, strict=True))
+    return [rate / first for rate in rates]
+
+
+def show(sweep: str, records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Print the records of a sweep, a line a point, and where they lie."""
+    columns = _COLUMNS.get(sweep, _ATTENTION)
+    shares = efficiencies(records) if sweep in ("strong", "weak") else [0.0] * len(records)
+    lines = [[title for title, _ in columns] + ["check"]]
+    for record, share in zip(records, shares, strict=True):
+        point, results = record["what"]["config"]["point"], {**record["results"], "efficiency": share}
+        passed = "passed" if record["check"]["passed"] else "FAILED"
+        lines.append([text(point, results) for _, text in columns] + [passed])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)))
+    print(f"{len(records)} records in {path}", flush=True)
 
 
 def _number(key: str, scale: float, digits: int) -> Callable[[Row, Row], str]:
@@ -26,33 +53,36 @@ def _seconds(point: Row, results: Row) -> str:
     return f"{middle * scale:.3f} [{low * scale:.3f}, {high * scale:.3f}] {unit}"
 
 
+def _hidden(point: Row, results: Row) -> str:
+    return "< 0" if results.get("hidden_fraction", 0) < 0 else _number("hidden_fraction", 100, 1)(point, results)
+
+
 def _received(point: Row, results: Row) -> str:
     if not results.get("bytes_received"):
         return "-"
     return f"{results['bytes_received'] / 1e6:,.3f} / {results['bytes_received_minimum'] / 1e6:,.3f}"
 
 
-_OF_RANKS: list[_Column] = [
-    ("ranks", lambda point, _: f"{point['ranks']}"),
+_RANKS: _Column = ("ranks", lambda point, _: f"{point['ranks']}")
+_FIRST: list[_Column] = [
+    _RANKS,
     ("tokens", lambda point, _: f"{point['tokens']:,}"),
     ("time of a round", _seconds),
     ("tokens/s", _number("tokens_per_second", 1, 0)),
-    ("GFLOP/s", _number("model_flop_per_second", 1e-9, 1)),
 ]
-_SHARES: list[_Column] = [
-    ("compute s", _number("compute_seconds", 1, 3)),
-    ("exchange s", _number("exchange_seconds", 1, 3)),
+_LAST: list[_Column] = [
     ("wait s", _number("wait_seconds", 1, 3)),
     ("gradient s", _number("gradient_seconds", 1, 3)),
-    ("hidden %", _number("hidden_fraction", 100, 1)),
-    ("MB received / least", _received),
-    ("slowest", _number("slowest_rank", 1, 0)),
+    ("hidden %", _hidden),
+    ("MB, least", _received),
 ]
+_SCALING: list[_Column] = [*_FIRST, ("efficiency %", _number("efficiency", 100, 1)), *_LAST]
+_ATTENTION: list[_Column] = [*_FIRST, ("GFLOP/s", _number("model_flop_per_second", 1e-9, 1)), *_LAST]
 _COLUMNS: dict[str, list[_Column]] = {
-    "steps": [*_OF_RANKS, ("efficiency %", _number("efficiency", 100, 1)), *_SHARES],
-    "attention": [*_OF_RANKS, *_SHARES],
+    "strong": _SCALING,
+    "weak": _SCALING,
     "exchange": [
-        ("ranks", lambda point, _: f"{point['ranks']}"),
+        _RANKS,
         ("operation", lambda point, _: f"{point['operation']}"),
         ("transport", lambda point, _: f"{point['transport']}"),
         ("bytes", lambda point, _: f"{point['bytes']:,}"),
@@ -61,19 +91,3 @@ _COLUMNS: dict[str, list[_Column]] = {
         ("MB/s", _number("bytes_per_second", 1e-6, 1)),
     ],
 }
-
-
-def show(sweep: str, records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Print the records of a sweep, a line a point, and where they lie."""
-    columns = _COLUMNS.get(sweep, _COLUMNS["steps"])
-    if sweep == "step":
-        columns = [column for column in columns if column[0] != "efficiency %"]
-    lines = [[title for title, _ in columns] + ["check"]]
-    for record in records:
-        point, results = record["what"]["config"]["point"], record["results"]
-        passed = "passed" if record["check"]["passed"] else "FAILED"
-        lines.append([text(point, results) for _, text in columns] + [passed])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)))
-    print(f"{len(records)} records in {path}", flush=True)

@@ -1,0 +1,128 @@
+"""What the exchanges of attention were in the rounds of a point: bytes, and how much of their time was hidden."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from longnet_hpc.comm import allgather_objects, barrier
+from longnet_hpc.comm.launch import Launch
+from longnet_hpc.config import LongNetConfig
+from longnet_hpc.partition import Partition
+from longnet_hpc.scaling.rounds import Rounds
+from longnet_hpc.scaling.work import attention_work
+from longnet_hpc.sequence_plan import SequencePlan
+
+__all__ = ["Overlap", "needed_bytes"]
+
+_ALONE_REPEATS = 9
+"""Repetitions of the exchanges of a layer by themselves, of which the median counts."""
+
+
+def needed_bytes(
+    model: LongNetConfig, partition: Partition, rank: int, row_bytes: int, *, layers: int, training: bool
+) -> int:
+    """Return the fewest bytes that a rank must receive in a round, counted from geometry.
+
+    Keys and values of other ranks that its queries see, once a layer; in training, the gradients of its own as each of
+    the ranks that saw them makes them.
+
+    Parameters
+    ----------
+    model, partition, rank
+        What is computed, and where.
+    row_bytes : int
+        Keys and values of one token and head, of all sequences of a batch.
+    layers : int
+        How many times attention is computed.
+    training : bool
+        Whether there is a backward pass.
+    """
+    work = attention_work(model.pattern, partition, rank, model.heads, model.kv_heads or model.heads)
+    return layers * row_bytes * (work.received + (work.sent if training else 0))
+
+
+class Overlap:
+    """Rounds of a point whose attention exchanges rows, and what these exchanges take alone.
+
+    Parameters
+    ----------
+    rounds : Rounds
+        The rounds.
+    plan : SequencePlan
+        Whose exchanges.
+    """
+
+    def __init__(self, rounds: Rounds, plan: SequencePlan) -> None:
+        self._rounds, self._plan = rounds, plan
+        self._counted: list[tuple[float, int]] = []
+
+    def take(self, work: Callable[[], object], *, timed: bool) -> None:
+        """Do a round. Collective over the ranks of the point."""
+        plan = self._plan
+        driven, received = plan.seconds_tested, plan.bytes_received
+        self._rounds.take(work, timed=timed)
+        if timed:
+            self._counted.append((plan.seconds_tested - driven, plan.bytes_received - received))
+
+    def results(self, model: LongNetConfig, x: torch.Tensor, *, layers: int, training: bool) -> dict[str, Any]:
+        """Return what records say of exchanges, the same on all ranks. Collective over the ranks of the point.
+
+        Of the time that they take alone, ``waited_fraction`` is what a rank waited for them nevertheless; what is
+        neither that nor was spent in MPI to drive them is ``hidden_fraction``, as in OSU's benchmarks of overlap. A GPU
+        goes on computing while the host drives them.
+
+        Parameters
+        ----------
+        model : LongNetConfig
+            Numbers of heads.
+        x : torch.Tensor
+            Shaped and typed as the keys of this rank.
+        layers : int
+            How many times attention is computed in a round.
+        training : bool
+            Whether there is a backward pass.
+        """
+        launch, plan = self._rounds.launch, self._plan
+        row_bytes = 2 * x.shape[0] * x.shape[3] * x.element_size()
+        least = needed_bytes(model, plan.partition, plan.rank, row_bytes, layers=layers, training=training)
+        driven, received = (statistics.median(column) for column in zip(*self._counted, strict=True))
+        waited = statistics.median(its.by_category["wait"] for its in self._rounds.timed)
+        inside = waited + (0.0 if x.is_cuda else driven)
+        alone = layers * self._alone(launch, model.heads, x, training=training)
+        answers = allgather_objects(launch.comm, (received, least, alone, driven, waited, inside))
+        received, least, alone, driven, waited, inside = (max(column) for column in zip(*answers, strict=True))
+        results = {"bytes_received": int(received), "bytes_received_minimum": least}
+        if received:
+            results |= {
+                "exchange_alone_seconds": alone,
+                "exchange_driven_seconds": driven,
+                "exchange_waited_seconds": waited,
+                "waited_fraction": waited / alone,
+                "hidden_fraction": 1 - inside / alone,
+            }
+        return results
+
+    @torch.no_grad()
+    def _alone(self, launch: Launch, heads: int, x: torch.Tensor, *, training: bool) -> float:
+        """Return the time in MPI of the exchanges of one layer, of packed rows, with nothing to compute. Collective."""
+        exchanges = [exchange for _, exchange in self._plan.exchanges(heads, x.shape[2], causal=True)]
+        offered = [x.new_zeros(exchange.offered_shape(x)).flatten(1) for exchange in exchanges]
+        received = [x.new_zeros(exchange.received_shape(x)).flatten(1) for exchange in exchanges]
+        times = []
+        for _ in range(_ALONE_REPEATS if launch.comm is not None else 0):
+            barrier(launch.comm)
+            flights = [exchange.gather.start(rows) for exchange, rows in zip(exchanges, offered, strict=True)]
+            for flight in flights:
+                flight.finish()
+            if training:
+                barrier(launch.comm)
+                back = [exchange.gather.start_adjoint(rows) for exchange, rows in zip(exchanges, received, strict=True)]
+                for flight in back:
+                    flight.finish()
+                flights += back
+            times.append(sum(flight.seconds_tested + flight.seconds_waited for flight in flights))
+        return statistics.median(times) if times else 0.0
