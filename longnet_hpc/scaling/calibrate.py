@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,6 +50,26 @@ _LONG, _SHORT = (Pattern.from_lists([w, 4 * w], [1, 4]) for w in (2048, 128))
 _VOCAB_SIZE = 256
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes that are measured: such as fill a device, and take a minute or two in all."""
+
+    embed_dims: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    block_tokens: int
+    attention_tokens: int
+    attention_heads: int
+    logit_tokens: int
+    repeats: int
+
+
+SIZES = {
+    "cuda": Sizes((256, 512, 768, 1024, 2048), (64, 128), 1 << 15, 1 << 17, 8, 1 << 16, 7),
+    "cpu": Sizes((64, 128, 256, 512, 1024), (16, 32, 64, 128), 1 << 12, 1 << 13, 4, 1 << 13, 5),
+}
+"""By the kind of device."""
+
+
 def calibrate(config: CalibrateConfig, launch: Launch) -> Machine:
     """Measure this machine, and write what came out to ``config.output``. Collective.
 
@@ -65,8 +86,7 @@ def calibrate(config: CalibrateConfig, launch: Launch) -> Machine:
     process_bytes = _bytes_taken(launch.device)
     bench = _Bench(config, launch)
     on_gpu = launch.device.type == "cuda"
-    embed_dims = (256, 512, 768, 1024, 2048) if on_gpu else (64, 128, 256, 512, 1024)
-    head_dims = (64, 128) if on_gpu else (16, 32, 64, 128)
+    embed_dims, head_dims = bench.sizes.embed_dims, bench.sizes.head_dims
     rates: list[tuple[float, float]] = []
     with steps_bar(launch.rank, "calibrate", len(embed_dims) + len(head_dims) + 3, unit="measurement") as update:
         for embed_dim in embed_dims:
@@ -159,12 +179,12 @@ class _Bench:
         self.launch, self.device = launch, launch.device
         self.on_gpu = self.device.type == "cuda"
         self.compute = Compute(config, launch, LongNetConfig(embed_dim=64, heads=1, layers=1), 1 << 15)
-        self.repeats = 7 if self.on_gpu else 5
+        self.sizes = SIZES[self.device.type]
 
     def seconds(self, function: Callable[[], object]) -> float:
         """Return the median time of a function, on the rank where that is longest. Collective."""
         times = []
-        for repeat in range(self.repeats + 2):
+        for repeat in range(self.sizes.repeats + 2):
             barrier(self.launch.comm)
             self._wait()
             begin = time.perf_counter()
@@ -181,7 +201,7 @@ class _Bench:
     def block_rates(self, embed_dim: int) -> tuple[float, float]:
         """Return the rates of a block without attention, forward and backward, in FLOP/s."""
         head_dim = min(64, embed_dim // 2)
-        tokens = 1 << (15 if self.on_gpu else 12)
+        tokens = self.sizes.block_tokens
         config = LongNetConfig(layers=1, embed_dim=embed_dim, heads=embed_dim // head_dim)
         block = Block(config, 0).to(self.device)
         if self.compute.compiles:
@@ -215,20 +235,15 @@ class _Bench:
             waste,
         )
 
-    @property
-    def _attention_shape(self) -> tuple[int, int]:
-        """Tokens and heads."""
-        return (1 << 17, 8) if self.on_gpu else (1 << 13, 4)
-
     def _work(self, pattern: Pattern) -> tuple[int, int]:
-        tokens, heads = self._attention_shape
+        tokens, heads = self.sizes.attention_tokens, self.sizes.attention_heads
         work = attention_work(pattern, Partition.even(tokens, 1), 0, heads, heads)
         return work.pairs, work.queries
 
     def _attention(
         self, pattern: Pattern, head_dim: int
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
-        tokens, heads = self._attention_shape
+        tokens, heads = self.sizes.attention_tokens, self.sizes.attention_heads
         plan = SequencePlan.build(pattern, tokens, device=self.device)
         x = torch.randn(1, tokens, heads, 3 * head_dim, device=self.device, dtype=self.compute.dtype)
 
@@ -258,7 +273,7 @@ class _Bench:
     def logit_seconds(self, blocks: Blocks) -> float:
         """Return the time of the loss and its gradient, for a logit, besides the products at the rate of blocks."""
         index = len(blocks.embed_dims) // 2
-        embed_dim, tokens = blocks.embed_dims[index], 1 << (16 if self.on_gpu else 13)
+        embed_dim, tokens = blocks.embed_dims[index], self.sizes.logit_tokens
         model = LongNet(LongNetConfig(layers=1, embed_dim=embed_dim, heads=2, vocab_size=_VOCAB_SIZE)).to(self.device)
         hidden = torch.randn(1, tokens, embed_dim, device=self.device, dtype=self.compute.dtype, requires_grad=True)
         targets = torch.randint(0, _VOCAB_SIZE, (1, tokens), device=self.device)

@@ -152,20 +152,23 @@ def load_machine(name: str) -> Machine:
                 f"machine must be one of {', '.join(machine_names())}, or a file that calibrate wrote, got {name!r}"
             )
     table = read_toml(path)
-    _check_complete(table, Machine, f"machine file {path} ")
-    return from_table(table, _TEMPLATE)
+    try:
+        _check_complete(table, Machine)
+        return from_table(table, _TEMPLATE)
+    except ConfigError as error:
+        raise ConfigError(f"machine file {path}: {error}") from error
 
 
-def _check_complete(table: Mapping[str, Any], kind: type, where: str) -> None:
+def _check_complete(table: Mapping[str, Any], kind: type, where: str = "") -> None:
     hints = get_type_hints(kind)
     for field in fields(kind):
         if field.name == "topology":
             continue
         if field.name not in table:
-            raise ConfigError(f"{where}has no {field.name}")
+            raise ConfigError(f"no {where}{field.name}")
         if is_dataclass(hints[field.name]):
             if not isinstance(table[field.name], Mapping):
-                raise ConfigError(f"{where}has no table {field.name}")
+                raise ConfigError(f"no table {where}{field.name}")
             _check_complete(table[field.name], hints[field.name], f"{where}{field.name}.")
 
 

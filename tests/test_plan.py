@@ -1,0 +1,278 @@
+"""Forecasts worked out by hand, and against what was measured on a GPU; the command as a user meets it."""
+
+import json
+import re
+import resource
+import statistics
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from launching import ROOT, run_python
+
+from longnet_hpc.config import PRESETS, LongNetConfig
+from longnet_hpc.record import check_record, read_records
+from longnet_hpc.run import main
+from longnet_hpc.scaling.config import PlanConfig
+from longnet_hpc.scaling.machine import Attention, Blocks, Link, load_machine, machine_names
+from longnet_hpc.scaling.model import forecast
+
+MACHINE = replace(
+    load_machine("h100"),
+    device="cpu", devices_per_node=4, memory_bytes=10**9, process_bytes=10**6,
+    blocks=Blocks((8,), (1e9,), (5e8,)), attention=Attention((4,), (2e9,), (1e9,), 3.0),
+    logit_seconds=1e-9, parameter_seconds=1e-9, step_seconds=1e-3,
+    within=Link(1e-4, 1e6), between=Link(1e-3, 1e5), overlap=0.0, input_bytes_per_second=1e9,
+)  # fmt: skip
+MODEL = LongNetConfig(vocab_size=16, layers=1, embed_dim=8, heads=2, segment_lengths=(8,), dilation_rates=(1,))
+BLOCK = 2 * (4 * 8 * 8 + 2 * 4 * 8 * 8)
+"""FLOP of a block, for a token: queries, keys, values and output, and both layers of the feed-forward part."""
+HEAD = 2 * 8 * 16
+PAIRS = 2 * 8 * 9 // 2
+"""Of two heads, over one segment of 8 tokens."""
+
+
+def test_step_on_one_rank_is_the_sum_of_its_parts():
+    one = forecast(PlanConfig(model=MODEL, seq_len=8), MACHINE, 1)
+    attention = 4 * 4 * (PAIRS + 3 * 16) / 2e9
+    blocks, head = 8 * BLOCK / 1e9, 8 * HEAD / 1e9
+    fixed = 1e-3 + MODEL.parameter_count * 1e-9
+    assert one.attention_seconds == pytest.approx(attention * (1 + 2 * 2))
+    expected = attention * 5 + blocks * (1 + 2 * 2) + head * 5 + 8 * 16 * 1e-9 + fixed
+    assert one.seconds == pytest.approx(expected)
+    assert (one.exchange_seconds, one.gradient_seconds, one.bytes_received, one.gradient_bytes) == (0, 0, 0, 0)
+    assert one.efficiency == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "blocks", "backward"),
+    [
+        ({"task": "eval"}, 1, 1, 0),
+        ({"activation_checkpointing": True}, 1, 2, 1),
+        ({"activation_checkpointing": True, "keep_attention": False}, 2, 2, 1),
+        ({"stream": True, "chunk_len": 4}, 1.5, 1.5, 1),
+    ],
+)
+def test_passes_are_those_that_the_step_makes(options, forward, blocks, backward):
+    base, longer = (
+        forecast(PlanConfig(model=replace(MODEL, layers=layers), seq_len=8, **options), MACHINE, 1) for layers in (1, 2)
+    )
+    attention = 4 * 4 * (PAIRS + 3 * 16) / 2e9
+    assert base.attention_seconds == pytest.approx(attention * (forward + 4 * backward))
+    of_a_layer = longer.compute_seconds - base.compute_seconds
+    parameters = replace(MODEL, layers=2).parameter_count - MODEL.parameter_count
+    update = 0 if "task" in options else parameters * 1e-9
+    expected = base.attention_seconds + 8 * BLOCK / 1e9 * (blocks + 4 * backward) + update
+    assert of_a_layer == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("per_node", "link"), [(2, MACHINE.within), (1, MACHINE.between)])
+def test_exchange_is_latency_and_bytes_over_the_rate(per_node, link):
+    two = forecast(PlanConfig(model=MODEL, seq_len=8, ranks_per_node=per_node), MACHINE, 2)
+    row_bytes = 2 * 4 * 4  # keys and values of 4 numbers
+    once = link.latency_seconds + 4 * 2 * row_bytes / link.bytes_per_second
+    assert two.exchange_seconds == pytest.approx(2 * once)  # rows there, gradients back
+    assert two.wait_seconds == pytest.approx(2 * once)
+    assert two.bytes_received == 4 * 2 * row_bytes  # by the one in the forward pass, by the other in the backward pass
+    assert two.gradient_bytes == 2 * 4 * MODEL.parameter_count // 2
+    gradient = 2 * link.latency_seconds + two.gradient_bytes / link.bytes_per_second
+    assert two.gradient_seconds == pytest.approx(gradient)
+    assert two.nodes == 2 // per_node
+
+
+def test_computing_hides_its_share_of_an_exchange():
+    config = PlanConfig(model=MODEL, seq_len=8, ranks_per_node=2)
+    none, half = (forecast(config, replace(MACHINE, overlap=overlap), 2) for overlap in (0.0, 0.5))
+    assert none.wait_seconds - half.wait_seconds == pytest.approx(0.5 * half.attention_seconds)  # which is shorter
+
+
+def test_slowest_rank_decides_where_work_is_uneven():
+    model = replace(MODEL, segment_lengths=(64,))
+    no_links = replace(MACHINE, within=Link(0.0, 1e30), step_seconds=0.0, parameter_seconds=0.0)
+    one, four = (forecast(PlanConfig(model=model, seq_len=64), no_links, ranks) for ranks in (1, 4))
+    assert four.efficiency == pytest.approx(one.seconds / 4 / four.seconds)
+    last = sum(min(64, position + 1) for position in range(48, 64)) / sum(range(1, 65))
+    share = (2 * 64 * 65 // 2 * last + 3 * 32) / (64 * 65 + 3 * 128)
+    assert four.attention_seconds == pytest.approx(one.attention_seconds * share)
+
+
+def test_ranks_that_share_a_device_share_its_speed_and_memory():
+    config = PlanConfig(model=MODEL, seq_len=64, ranks_per_node=8)
+    alone, shared = forecast(config, MACHINE, 4), forecast(config, MACHINE, 8)
+    assert shared.capacity_bytes == alone.capacity_bytes // 2
+    assert shared.nodes == 1
+    assert shared.compute_seconds > 0.9 * alone.compute_seconds  # half the tokens at half the speed
+
+
+def h100_cases():
+    """Yield what ran on one H100 as a config, with seconds and bytes that were measured."""
+    known = {field.name for field in fields(LongNetConfig)}
+    for name in ("step", "step_repeat", "stream_step", "stream_eval"):
+        for record in read_records(ROOT / f"bench/records/{name}.jsonl"):
+            its, results = record["what"]["config"], record["results"]
+            if name.startswith("step"):
+                kept = results["checkpointing"]
+                config = PlanConfig(
+                    model=PRESETS[its["preset"]], seq_len=its["tokens"], half_residual=not its["float32_residual"],
+                    activation_checkpointing=kept != "off", keep_attention=kept == "attention",
+                )  # fmt: skip
+            else:
+                model = {key: tuple(v) if isinstance(v, list) else v for key, v in its["model"].items() if key in known}
+                config = PlanConfig(
+                    model=LongNetConfig(**model), seq_len=results.get("seq_len", its.get("seq_len")),
+                    task="eval" if record["what"]["name"] == "eval" else "train", stream=its["stream"],
+                    chunk_len=results.get("chunk_len", 1 << 20) if its["stream"] else None, half_residual=True,
+                )  # fmt: skip
+            yield config, config.seq_len / results["tokens_per_second"], results["peak_memory_bytes"]
+
+
+def test_memory_measured_on_a_gpu_is_as_forecast():
+    for config, _, measured in h100_cases():
+        memory = forecast(config, load_machine("h100"), 1).memory
+        assert memory.total - memory.process == pytest.approx(measured, rel=0.05)
+
+
+def test_time_measured_on_a_gpu_is_as_forecast():
+    # The machine file knows rates of attention and blocks from the profiles of some of these steps, not their times.
+    errors = [
+        forecast(config, load_machine("h100"), 1).seconds / seconds - 1
+        for config, seconds, _ in h100_cases()
+        if not (config.stream and config.task == "train")  # that record has but a part of the step's seconds
+    ]
+    assert statistics.median(map(abs, errors)) < 0.1
+    assert max(map(abs, errors)) < 0.15
+
+
+def test_plan_needs_neither_torch_nor_mpi_and_answers_at_once():
+    words = ("--preset", "2.7b", "--seq-len", "1000000000", "--geometric", "2048", "4", "--ranks", "64", "512", "4096")
+    code = (
+        "import sys\nfrom longnet_hpc.run import main\n"
+        f"assert main({['plan', *words]!r}) == 0\nassert not {{'torch', 'mpi4py'}} & sys.modules.keys()"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run_python("-c", code)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime - before.ru_utime < 2
+    assert "weights, gradients and optimizer, whole on every rank" in done.stdout
+
+
+def test_table_says_what_to_change_and_records_say_the_same(tmp_path, capsys):
+    words = ["plan", "--preset", "125m", "--seq-len", "16777216", "--ranks", "16", "64"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^ +16 +2 .* NO .*s +\d", shown, re.MULTILINE)
+    found = re.search(r"^  (--half-residual --activation-checkpointing): (\d+\.\d) GB a rank", shown, re.MULTILINE)
+    assert found
+    assert main([*words, *found[1].split(), "--output", str(tmp_path / "plan.jsonl")]) == 0
+    sixteen, sixty_four = read_records(tmp_path / "plan.jsonl")
+    for record in (sixteen, sixty_four):
+        check_record(record)
+        assert record["kind"] == "modelled"
+        memory = record["results"]["memory_bytes"]
+        assert memory["total"] == sum(memory.values()) - memory["total"] - memory["host"]
+        assert record["results"]["fits"] == (memory["total"] <= record["results"]["capacity_bytes"])
+    assert sixty_four["results"]["memory_bytes"]["total"] / 1e9 == pytest.approx(float(found[2]), abs=0.06)
+    capsys.readouterr()
+    assert main([*words, "--output", "-"]) == 0
+    assert [json.loads(line)["what"]["config"]["point"]["ranks"] for line in capsys.readouterr().out.splitlines()] == [
+        16, 64,
+    ]  # fmt: skip
+
+
+def test_machines_that_come_along_are_whole_and_say_where_their_numbers_come_from():
+    assert {"h100", "h200", "gh200", "mi250x"} <= set(machine_names())
+    for name in machine_names():
+        machine = load_machine(name)
+        assert len(machine.source) > 40
+        assert machine.within.bytes_per_second >= machine.between.bytes_per_second
+
+
+def h100_text(old="", new=""):
+    text = Path(ROOT / "longnet_hpc/scaling/machines/h100.toml").read_text()
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (h100_text("overlap = 0.9\n"), "machine.toml: no overlap"),
+        (h100_text("latency_seconds = 5e-6\n"), ": no between.latency_seconds"),
+        (h100_text("[within]\nlatency_seconds = 1e-5\nbytes_per_second = 3.6e11\n"), ": no within|: no table within"),
+        (h100_text("overlap = 0.9", "overlap = 1.5"), "overlap must be 0 to 1, got 1.5"),
+        (h100_text("overlap = 0.9", "overlap = 0.9\nspeed = 3"), "speed"),
+        (h100_text("memory_bytes = 85_000_000_000", "memory_bytes = 0"), "memory_bytes must be above 0"),
+        (h100_text("3.6e11", "nan"), "machine.toml: .*within.bytes_per_second must be a finite number, got nan"),
+        (h100_text("[4.15e14, 5.4e14]", "[4.15e14]"), "attention needs 2 rates each, got 1"),
+        (h100_text("head_dims = [64, 128]", "head_dims = [128, 64]"), "sizes of attention must ascend"),
+        (h100_text('device = "cuda"', 'device = "tpu"'), "device"),
+        ("name = ", "machine.toml"),
+    ],
+)
+def test_wrong_machine_file_is_one_clear_line(tmp_path, capsys, text, words):
+    path = tmp_path / "machine.toml"
+    path.write_text(text)
+    assert main(["plan", "--machine", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(words, error), error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ranks", "0"], "ranks must be at least 1, got 0"),
+        (["--ranks", "8", "--seq-len", "4"], "ranks must be at most seq_len, 4, got 8"),
+        (["--chunk-len", "4"], "give --stream"),
+        (["--stream", "--chunk-len", "2", "--ranks", "4"], "chunk_len must be at least the number of ranks, 4, got 2"),
+        (["--stream", "--batch-size", "2"], "batch_size must be 1, got 2"),
+        (["--machine", "cray-1"], "machine must be one of .*h100.*, got 'cray-1'"),
+        (["--output", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
+    ],
+)
+def test_nonsense_is_one_clear_line(capsys, options, words):
+    assert main(["plan", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(words, error), error
+
+
+def test_run_that_fits_nowhere_is_told_so(capsys):
+    assert main(["plan", "--preset", "2.7b", "--machine", "mi250x", "--ranks", "64", "--seq-len", "1000000000"]) == 0
+    assert re.search(
+        "of which weights, gradients and optimizer, whole on every rank, are 45.3 GB", capsys.readouterr().out
+    )
+
+
+def test_machines_are_listed(capsys):
+    assert main(["plan", "--machine", "list"]) == 0
+    assert capsys.readouterr().out.count("\n") == len(machine_names())
+
+
+def test_calibrate_writes_a_file_that_plan_reads(tmp_path):
+    path = tmp_path / "m.toml"
+    small = tmp_path / "small.py"  # the same with shapes that take no time
+    small.write_text(
+        "import sys\n"
+        "from longnet_hpc.run import main\n"
+        "from longnet_hpc.scaling import calibrate\n"
+        "calibrate.SIZES['cpu'] = calibrate.Sizes((64, 128), (16, 32), 256, 4096, 2, 512, 1)\n"
+        "sys.exit(main(['calibrate', '--device', 'cpu', '--output', *sys.argv[1:]]))\n"
+    )
+    done = run_python(small, path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    table = tomllib.loads(path.read_text())
+    assert table["numbers"] == "estimated"
+    assert "one node" in table["source"]
+    machine = load_machine(str(path))
+    assert machine.device == "cpu"
+    assert machine.within == machine.between
+    assert machine.blocks.embed_dims == (64, 128)
+    assert 1e8 < min(machine.blocks.forward_flop_per_second) <= max(machine.blocks.forward_flop_per_second) < 1e13
+    assert 0 <= machine.overlap <= 1
+    assert main(["plan", "--machine", str(path), "--seq-len", "65536", "--ranks", "2"]) == 0
+    again = run_python(small, path)
+    assert again.returncode == 2
+    assert "give --overwrite" in again.stderr
