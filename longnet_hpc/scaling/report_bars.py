@@ -18,6 +18,8 @@ from longnet_hpc.words import plural, short
 __all__ = ["Bar", "picture_of"]
 
 _MOST_BARS = 20
+_BROKEN_OFF = 2.5
+"""Where bars end that are longer, in multiples of the largest limit."""
 
 
 @dataclass
@@ -59,11 +61,16 @@ def picture_of(
     # One large limit must not press all bars flat: beyond it the mark is left to the table.
     longest = max(sum(bar.parts.values()) for bar in shown) or 1.0
     most = min(most, 4 * longest)
+    # Nor must bars far beyond all limits press the others flat: they are broken off.
+    limits = [bar.tick for bar in shown if bar.tick]
+    if limits and most > _BROKEN_OFF * max(limits):
+        most = _BROKEN_OFF * max(limits)
+        caption += " Bars with two strokes at the end are broken off."
     for place, bar in enumerate(shown):
         _draw_bar(axes, place, bar, colors, most)
     axes.set_yticks(range(len(shown)), [short(_of_kind(bar), 74) for bar in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlim(0, 1.38 * most)
+    axes.set_xlim(0, (1.15 + 0.024 * max(len(bar.words) for bar in shown)) * most)  # room for the words
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -93,8 +100,8 @@ def picture_of(
 def _draw_bar(axes: Axes, place: int, bar: Bar, colors: Mapping[str, str], most: float) -> None:
     start = 0.0
     for part, color in colors.items():
-        width = bar.parts.get(part, 0.0)
-        if not width:
+        width = min(bar.parts.get(part, 0.0), most - start)
+        if width <= 0:
             continue
         look: dict[str, Any] = {"facecolor": color}
         if bar.row.is_modelled:
@@ -102,6 +109,12 @@ def _draw_bar(axes: Axes, place: int, bar: Bar, colors: Mapping[str, str], most:
         axes.barh(place, width, 0.62, left=start, zorder=2, **look)
         start += width
     end = start
+    if sum(bar.parts.values()) > most * (1 + 1e-9):
+        for stroke in (0.985, 1.0):
+            axes.plot(
+                [(stroke - 0.006) * most, (stroke + 0.006) * most], [place + 0.42, place - 0.42],
+                color=INK, linewidth=1.2, zorder=5,
+            )  # fmt: skip
     if bar.spread is not None:
         axes.hlines(place, *bar.spread, color=INK, linewidth=1.2, zorder=4)
         end = max(end, bar.spread[1])
