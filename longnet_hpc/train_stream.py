@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
@@ -22,6 +21,7 @@ from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects
 from longnet_hpc.data.chunk_reader import ChunkReader
 from longnet_hpc.errors import CheckpointError, StoppedError
 from longnet_hpc.files import naming_errors, replace_file
+from longnet_hpc.host_memory import free_host_memory
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record
 from longnet_hpc.stopping import StopRequest
@@ -35,7 +35,6 @@ CHUNKS_NAME, STATE_NAME, ROWS_NAME = "chunks.jsonl", "sweep.safetensors", "rows.
 """Files in the folder of a run: a line a chunk; and, where a step was left, its state and the rows of its sequence."""
 _MEMORY_SHARE = 0.6
 """Share of the free memory of a node that rows may take, before they go to a file."""
-_MEMINFO = Path("/proc/meminfo")
 
 
 class StreamTrainer(Trainer):
@@ -56,7 +55,7 @@ class StreamTrainer(Trainer):
             layers=model.layers, batch=1, heads=model.heads, head_dim=model.head_dim,
             itemsize=self.compute.dtype.itemsize,
         )  # fmt: skip
-        free = _free_memory() / self.launch.node_size
+        free = free_host_memory() / self.launch.node_size
         self.in_file = any(allgather_objects(self.launch.comm, self.rows_bytes > _MEMORY_SHARE * free))
         if self.launch.rank == 0:
             logging.getLogger("longnet_hpc").info(
@@ -224,14 +223,6 @@ class StreamTrainer(Trainer):
             sweep.store.load(self.folder / ROWS_NAME)
         received: int = about["bytes_received"]
         return received
-
-
-def _free_memory() -> int:
-    """Return the bytes that this node can give to a process: what Linux has cached of files counts as free."""
-    if _MEMINFO.is_file():
-        sizes = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        return int(sizes["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _about(file: Any) -> dict[str, Any]:

@@ -330,10 +330,9 @@ def test_time_of_a_job_is_not_that_of_each_step(corpus, tmp_path, monkeypatch, c
     assert "left in step 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("available", "place"), [(10**6, "in host memory"), (0, "in a file")])
-def test_what_is_cached_of_files_counts_as_free_memory(corpus, tmp_path, monkeypatch, caplog, available, place):
-    (tmp_path / "meminfo").write_text(f"MemTotal:  2000000 kB\nMemFree:  0 kB\nMemAvailable:  {available} kB\n")
-    monkeypatch.setattr(train_stream, "_MEMINFO", tmp_path / "meminfo")
+@pytest.mark.parametrize(("free", "place"), [(10**9, "in host memory"), (0, "in a file")])
+def test_rows_lie_in_host_memory_if_there_is_enough(corpus, tmp_path, monkeypatch, caplog, free, place):
+    monkeypatch.setattr(train_stream, "free_host_memory", lambda: free)
     assert main(train_words(corpus, tmp_path / "run", *STREAM, "--steps", "1")) == 0
     assert place in caplog.text
 
