@@ -12,9 +12,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -48,6 +48,8 @@ __all__ = ["calibrate"]
 _LONG, _SHORT = (Pattern.from_lists([w, 4 * w], [1, 4]) for w in (2048, 128))
 """Segments over which attention has its usual speed, and such short ones that what queries cost besides counts."""
 _VOCAB_SIZE = 256
+_QUIET = 0.25
+"""How far times of the same work may differ, relatively, on a machine that does nothing else."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def calibrate(config: CalibrateConfig, launch: Launch) -> Machine:
     with agreed(launch.comm):
         if config.output.exists() and not config.overwrite:
             raise ConfigError(f"machine file {config.output} exists; give --overwrite, or another --output")
-    process_bytes = _bytes_taken(launch.device)
+    process_bytes = _bytes_taken(launch)
     bench = _Bench(config, launch)
     on_gpu = launch.device.type == "cuda"
     embed_dims, head_dims = bench.sizes.embed_dims, bench.sizes.head_dims
@@ -131,21 +133,50 @@ def calibrate(config: CalibrateConfig, launch: Launch) -> Machine:
         overlap=links.overlap,
         input_bytes_per_second=reading,
     )
+    if launch.node_size > count:
+        machine = _unshared(machine, launch.node_size / count)
     with agreed(launch.comm), naming_errors(f"cannot write machine file {config.output}"):
         if launch.rank == 0:
             config.output.parent.mkdir(parents=True, exist_ok=True)
             heading = "A machine as calibrate found it; plan --machine reads it."
             replace_file(config.output, lambda partial: write_toml(partial, machine, heading))
     if launch.rank == 0:
+        if bench.spread > _QUIET:
+            logging.getLogger("longnet_hpc").warning(
+                "warning: times of the same work differed by up to %s%%: if other programs run here, calibrate again",
+                round(100 * bench.spread),
+            )
         logging.getLogger("longnet_hpc").info("%s: plan --machine %s forecasts runs here", config.output, config.output)
     return machine
 
 
-def _bytes_taken(device: torch.device) -> int:
-    """Return the memory that this process has taken before it has tensors of its own."""
-    if device.type == "cuda":
-        torch.zeros(1, device=device)
-        free, total = torch.cuda.mem_get_info(device)
+def _unshared(machine: Machine, share: float) -> Machine:
+    """Return a machine as one rank alone would find it on a device that some ranks shared: ``share`` times as fast."""
+
+    def faster(part: Any, *names: str) -> Any:
+        rates = {name: tuple(share * rate for rate in getattr(part, name)) for name in names}
+        return replace(part, **rates)
+
+    rates = "forward_flop_per_second", "backward_flop_per_second"
+    return replace(
+        machine,
+        process_bytes=int(machine.process_bytes / share) if machine.device == "cuda" else machine.process_bytes,
+        blocks=faster(machine.blocks, *rates),
+        attention=faster(machine.attention, *rates),
+        logit_seconds=machine.logit_seconds / share,
+        parameter_seconds=machine.parameter_seconds / share,
+        within=replace(machine.within, bytes_per_second=share * machine.within.bytes_per_second),
+        between=replace(machine.between, bytes_per_second=share * machine.between.bytes_per_second),
+        input_bytes_per_second=share * machine.input_bytes_per_second,
+    )
+
+
+def _bytes_taken(launch: Launch) -> int:
+    """Return the memory that is taken before there are tensors: by this process, or on a GPU by all that share it."""
+    if launch.device.type == "cuda":
+        torch.zeros(1, device=launch.device)
+        barrier(launch.comm)
+        free, total = torch.cuda.mem_get_info(launch.device)
         return total - free
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -180,19 +211,25 @@ class _Bench:
         self.on_gpu = self.device.type == "cuda"
         self.compute = Compute(config, launch, LongNetConfig(embed_dim=64, heads=1, layers=1), 1 << 15)
         self.sizes = SIZES[self.device.type]
+        self.spread = 0.0
 
-    def seconds(self, function: Callable[[], object]) -> float:
-        """Return the median time of a function, on the rank where that is longest. Collective."""
-        times = []
+    def seconds(self, *functions: Callable[[], object]) -> list[float]:
+        """Return the median time of each function, on the rank where that is longest. They take turns. Collective."""
+        times: list[list[float]] = [[] for _ in functions]
         for repeat in range(self.sizes.repeats + 2):
-            barrier(self.launch.comm)
-            self._wait()
-            begin = time.perf_counter()
-            function()
-            self._wait()
-            if repeat >= 2:
-                times.append(time.perf_counter() - begin)
-        return max(allgather_objects(self.launch.comm, statistics.median(times)))
+            for function, its in zip(functions, times, strict=True):
+                barrier(self.launch.comm)
+                self._wait()
+                begin = time.perf_counter()
+                function()
+                self._wait()
+                if repeat >= 2:
+                    its.append(time.perf_counter() - begin)
+        medians = [statistics.median(its) for its in times]
+        spread = max((max(its) - min(its)) / middle for its, middle in zip(times, medians, strict=True))
+        answers = allgather_objects(self.launch.comm, (medians, spread))
+        self.spread = max(self.spread, *(spread for _, spread in answers))
+        return [max(of_function) for of_function in zip(*(its for its, _ in answers), strict=True)]
 
     def _wait(self) -> None:
         if self.on_gpu:
@@ -267,7 +304,7 @@ class _Bench:
                 out = function(x)
             out.backward(dout)
 
-        forward_seconds, both_seconds = self.seconds(forward), self.seconds(both)
+        forward_seconds, both_seconds = self.seconds(forward, both)
         return forward_seconds, max(both_seconds, 1.1 * forward_seconds)  # a noisy machine must not give nonsense
 
     def logit_seconds(self, blocks: Blocks) -> float:
@@ -286,11 +323,11 @@ class _Bench:
         logits = tokens * _VOCAB_SIZE
         rates = blocks.forward_flop_per_second[index], blocks.backward_flop_per_second[index]
         products = logits * embed_dim * (2 / rates[0] + 4 / rates[1])
-        return max(0.0, self.seconds(both) - products) / logits
+        return max(0.0, self.seconds(both)[0] - products) / logits
 
     def update_seconds(self) -> tuple[float, float]:
         """Return the time of an update for a parameter, and what a step takes however small."""
-        seconds, counts = [], []
+        updates, counts = [], []
         for layers in (1, 4):
             config = LongNetConfig(layers=layers, embed_dim=512, heads=8)
             model = LongNet(config).to(self.device)
@@ -308,8 +345,9 @@ class _Bench:
                     parameter.grad = gradient
                 optimizer.step(optimizer.flat_gradient(), 1e-3)
 
-            seconds.append(self.seconds(update))
+            updates.append(update)
             counts.append(model.parameter_count)
+        seconds = self.seconds(*updates)
         per_parameter = max(0.0, (seconds[1] - seconds[0]) / (counts[1] - counts[0]))
         return per_parameter, max(0.0, seconds[0] - per_parameter * counts[0])
 
