@@ -21,7 +21,7 @@ from longnet_hpc.positions import POSITIONS
 from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.stream import SequenceStream
 
-__all__ = ["Compute"]
+__all__ = ["Compute", "memory_there"]
 
 _BYTES_COMPUTED, _BYTES_TRAINED = 26, 40
 """Roughly what a chunk needs a token and feature: to be computed, and a layer to be differentiated."""
@@ -99,10 +99,7 @@ class Compute:
     def check_memory(self, bytes_per_parameter: int) -> None:
         """Raise ConfigError if the parameters alone, with what belongs to each, exceed all memory of the device."""
         needed = self._model.parameter_count * bytes_per_parameter
-        if self.device.type == "cuda":
-            there = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = memory_there(self.device)
         if needed > there:
             raise ConfigError(
                 f"model of {self._model.parameter_count:,} parameters needs {needed / 1e9:,.0f} GB for these alone, "
@@ -148,6 +145,13 @@ class Compute:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_there(device: torch.device) -> int:
+    """Return the memory of a device, in bytes: all of it, whoever uses it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _compiles(config: ComputeConfig, model: LongNetConfig, device: torch.device) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from longnet_hpc.comm import agreed, broadcast_object
 from longnet_hpc.comm.launch import Launch
+from longnet_hpc.compute import memory_there
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.errors import ConfigError, StoppedError
@@ -113,7 +114,7 @@ def points_of(config: BenchConfig, launch: Launch) -> list[Point]:
     Raises
     ------
     ConfigError
-        If there are none, or one has more ranks than run, or fewer tokens than ranks.
+        If there are none, or one has more ranks than run, fewer tokens than ranks, or no memory for its tokens.
     """
     powers = [1 << power for power in range(launch.size.bit_length()) if 1 << power < launch.size]
     every = [*powers, launch.size] if config.sweep in ("strong", "weak", "exchange") else [launch.size]
@@ -137,7 +138,21 @@ def points_of(config: BenchConfig, launch: Launch) -> list[Point]:
     for point in points:
         if point["tokens"] < point["ranks"]:
             raise ConfigError(f"tokens must be at least 1 a rank, got {point['tokens']} on {point['ranks']} ranks")
+        _check_memory(config, launch, point)
     return points
+
+
+def _check_memory(config: BenchConfig, launch: Launch, point: Point) -> None:
+    """Raise ConfigError if the input of each layer alone exceeds all memory of the device, before any of it is made."""
+    kept = config.model.layers if config.task == "train" and config.sweep != "attention" else 1
+    itemsize = 2 if config.half_residual else 4
+    needed = point["tokens"] // point["ranks"] * config.batch_size * config.model.embed_dim * kept * itemsize
+    there = memory_there(launch.device)
+    if needed > there:
+        raise ConfigError(
+            f"{_in_words(point)} need more than {needed / 1e9:,.0f} GB a rank, "
+            f"{launch.device.type} has {there / 1e9:,.0f} GB"
+        )
 
 
 @dataclass

@@ -91,9 +91,32 @@ class AttentionPoint:
         """Compare some rows with float64, computed from their definition alone. Collective, as `results`."""
         bound = 1e-4 if self._compute.dtype == torch.float32 else 2e-2
         worst = max((self._error(*row) for row in self._rows()), default=0.0)
-        what = "output and gradient of queries" if self._training else "output"
-        passed = all(allgather_objects(self._launch.comm, worst <= bound))
-        return f"{_CHECKED_ROWS} rows a rank of {what} against float64, to {bound:.0e}", passed
+        what = f"{_CHECKED_ROWS} rows a rank of output"
+        if self._training:
+            what += " and gradient of queries against float64, and those of keys and values against products with them"
+            worst = max(worst, self._mismatch())
+        else:
+            what += " against float64"
+        return f"{what}, to {bound:.0e}", all(allgather_objects(self._launch.comm, worst <= bound))
+
+    def _mismatch(self) -> float:
+        """Return how far gradients of keys and values are, all together, from the two equations that they obey.
+
+        The output is linear in values, and the scores are so in queries and in keys alike: the products of values with
+        their gradient have the sum of those of the output with its own, and those of keys that of those of queries.
+        """
+        q, k, v = self._leaves
+        worst = 0.0
+        for one, other in (((self._out, self._dout), (v, v.grad)), ((q, q.grad), (k, k.grad))):
+            terms = [_products(x, gradient) for x, gradient in (one, other) if gradient is not None]
+            (left, left_squares), (right, right_squares) = (
+                [sum(column) for column in zip(*allgather_objects(self._launch.comm, its), strict=True)]
+                for its in terms
+            )
+            # Their signs are random, and so are rounding errors: both sums are about the root of the sum of squares.
+            difference = abs(left - right) / math.sqrt(max(left_squares, right_squares) or 1.0)
+            worst = max(worst, difference if math.isfinite(difference) else math.inf)
+        return worst
 
     def _rows(self) -> list[tuple[int, int]]:
         """Return positions of this rank with a head, the last ones, which see the most, among them."""
@@ -167,6 +190,12 @@ def _seen(pattern: Pattern, position: int, head: int) -> torch.Tensor:
         if (position % w) % r == head % r:
             seen.append(torch.arange(position - position % w + head % r, position + 1, r))
     return torch.cat(seen) if seen else torch.zeros(0, dtype=torch.long)
+
+
+def _products(x: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:
+    """Return the sum of the products of two tensors, number by number, and of their squares."""
+    products = x.detach().float() * gradient.float()
+    return float(products.sum(dtype=torch.float64)), float(products.square().sum(dtype=torch.float64))
 
 
 def _difference(computed: torch.Tensor, exact: torch.Tensor) -> float:
