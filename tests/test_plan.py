@@ -87,6 +87,24 @@ def test_computing_hides_its_share_of_an_exchange():
     assert none.wait_seconds - half.wait_seconds == pytest.approx(0.5 * half.attention_seconds)  # which is shorter
 
 
+@pytest.mark.parametrize(("chunk_len", "open_branches"), [(16, 1), (8, 2), (64, 0)])
+def test_stream_keeps_rows_of_segments_open_between_chunks(chunk_len, open_branches):
+    model = replace(MODEL, layers=3, segment_lengths=(8, 16, 32), dilation_rates=(1, 2, 4))
+    memory = forecast(PlanConfig(model=model, seq_len=64, stream=True, chunk_len=chunk_len), MACHINE, 1).memory
+    row_bytes = 2 * 8 * 4  # keys and values of all heads
+    assert memory.rows == open_branches * 8 * row_bytes * 2 * 3  # and gradients
+    assert memory.host == row_bytes * 3 * [0, 16, 16 + 32][open_branches]
+
+
+def test_stream_of_no_given_chunk_has_the_host_memory_of_the_chunk_chosen():
+    config = PlanConfig(model=PRESETS["125m"], geometric=(2048, 4), seq_len=1 << 28, stream=True)
+    chosen = forecast(config, load_machine("h100"), 8)
+    given = forecast(replace(config, chunk_len=chosen.chunk_len), load_machine("h100"), 8)
+    assert chosen.chunk_len < config.seq_len
+    assert chosen.memory == given.memory
+    assert chosen.memory.host > 0
+
+
 def test_slowest_rank_decides_where_work_is_uneven():
     model = replace(MODEL, segment_lengths=(64,))
     no_links = replace(MACHINE, within=Link(0.0, 1e30), step_seconds=0.0, parameter_seconds=0.0)

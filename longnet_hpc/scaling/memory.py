@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from longnet_hpc.chunk import carried_bytes, kept_rows
+from longnet_hpc.chunk import carried_bytes, kept_rows, wide_branches
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Machine
 
@@ -68,7 +68,7 @@ _COMPILED_HALF = _PerFeature(block=17.5, inner=4.0, wide_residual=6.0, backward=
 _EAGER_SINGLE = _PerFeature(block=36.9, inner=12.0, wide_residual=0.0, backward=40.0, forward=20.0, forward_inner=8.0)
 
 
-def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: int) -> Memory:
+def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: int, at_once: int) -> Memory:
     """Return what a rank needs.
 
     Parameters
@@ -81,6 +81,8 @@ def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: 
         Tokens that the rank computes at once, of one sequence: of its slice, or its part of a chunk.
     received : int
         Rows that it receives from other ranks, a layer and sequence; see `work.AttentionWork`.
+    at_once : int
+        Tokens that all ranks compute at once, of one sequence: all of it, or those of a chunk.
     """
     model, training, itemsize = config.model, config.task == "train", machine.itemsize
     parameters = model.parameter_count
@@ -90,12 +92,13 @@ def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: 
     rows = received * row_bytes * (model.layers if keeps_rows else 1)
     host = 0
     if config.stream:
-        carried = sum(kept_rows(branch, config.seq_len) for branch in model.pattern)
+        wide = wide_branches(model.pattern, at_once, config.seq_len)
+        carried = sum(kept_rows(model.pattern.branches[index], config.seq_len) for index in wide)
         width = model.heads * model.head_dim
         rows += carried * width * 2 * (itemsize + (4 if training else 0)) * model.layers
         if training:
             host = carried_bytes(
-                model.pattern, config.chunk_len or config.seq_len, config.seq_len,
+                model.pattern, at_once, config.seq_len,
                 layers=model.layers, batch=1, heads=model.heads, head_dim=model.head_dim, itemsize=itemsize,
             )  # fmt: skip
     buffers = 2 * received * row_bytes
@@ -128,9 +131,11 @@ def _bytes_per_feature(config: PlanConfig, machine: Machine) -> float:
     return kept * model.layers + block + (0.0 if half else per.backward)
 
 
-def chunk_that_fits(config: PlanConfig, machine: Machine, capacity: int) -> int:
-    """Return the longest chunk of a stream that a rank has memory for: a power of two of tokens, from 32,768 on."""
+def chunk_that_fits(config: PlanConfig, machine: Machine, capacity: int, ranks: int) -> int:
+    """Return the longest chunk that ranks have memory for, in tokens of each: a power of two, from 32,768 on."""
     chunk = 1 << 15
-    while chunk < 1 << 22 and memory_of_rank(config, machine, 2 * chunk, 0).total < 0.85 * capacity:
+    while chunk < 1 << 22:
+        if memory_of_rank(config, machine, 2 * chunk, 0, 2 * chunk * ranks).total >= 0.85 * capacity:
+            break
         chunk *= 2
     return chunk

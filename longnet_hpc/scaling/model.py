@@ -136,7 +136,7 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
     capacity = int(machine.memory_bytes / share)
     at_once = config.seq_len
     if config.stream:
-        at_once = min(at_once, config.chunk_len or ranks * chunk_that_fits(config, machine, capacity))
+        at_once = min(at_once, config.chunk_len or ranks * chunk_that_fits(config, machine, capacity, ranks))
         if at_once < ranks:
             raise ConfigError(f"chunk_len must be at least the number of ranks, {ranks}, got {at_once}")
     heads = model.heads, model.kv_heads or model.heads
@@ -176,7 +176,7 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
         efficiency=even / seconds,
         bytes_received=received,
         gradient_bytes=gradient_bytes,
-        memory=memory_of_rank(config, machine, -(-at_once // ranks), at_once_received),
+        memory=memory_of_rank(config, machine, -(-at_once // ranks), at_once_received, at_once),
         capacity_bytes=capacity,
         model_flop=flop * config.batch_size * (3 if training else 1),
     )
