@@ -173,7 +173,7 @@ def test_plan_needs_neither_torch_nor_mpi_and_answers_at_once():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert after.ru_utime - before.ru_utime < 2
-    assert "weights, gradients and optimizer, whole on every rank" in done.stdout
+    assert "what would fit on 4,096:" in done.stdout  # all ways to fit were forecast, too
 
 
 def test_table_says_what_to_change_and_records_say_the_same(tmp_path, capsys):
@@ -258,10 +258,50 @@ def test_nonsense_is_one_clear_line(capsys, options, words):
 
 
 def test_run_that_fits_nowhere_is_told_so(capsys):
-    assert main(["plan", "--preset", "2.7b", "--machine", "mi250x", "--ranks", "64", "--seq-len", "1000000000"]) == 0
+    words = ["--preset", "2.7b", "--machine", "mi250x", "--ranks", "64", "--seq-len", "1000000000"]
+    assert main(["plan", *words, "--geometric", "2048", "4"]) == 0
     assert re.search(
         "of which weights, gradients and optimizer, whole on every rank, are 45.3 GB", capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [
+            "--seq-len",
+            "1048576",
+            "--stream",
+            "--chunk-len",
+            "64",
+            "--ranks",
+            "64",
+        ],  # no more ranks than a chunk has tokens
+        ["--seq-len", "131072", "--stream", "--chunk-len", "131072", "--ranks", "65536"],
+        ["--seq-len", "1", "--task", "eval", "--half-residual", "--stream"],  # nothing is left to be changed
+    ],
+)
+def test_run_that_fits_nowhere_is_told_so_at_the_ends_of_what_can_be_changed(tmp_path, capsys, options):
+    path = tmp_path / "machine.toml"
+    path.write_text(h100_text("memory_bytes = 85_000_000_000", "memory_bytes = 1_000_000"))
+    assert main(["plan", "--machine", str(path), *options]) == 0
+    assert "nothing of this kind: still" in capsys.readouterr().out
+
+
+def test_sizes_in_the_table_are_never_powers_of_ten(tmp_path, capsys):
+    path = tmp_path / "machine.toml"
+    path.write_text(h100_text("memory_bytes = 85_000_000_000", "memory_bytes = 999_700_000_000"))
+    assert main(["plan", "--machine", str(path)]) == 0
+    assert re.search(r" of +1 TB ", capsys.readouterr().out)
+
+
+def test_residual_stream_that_has_no_half_is_not_halved(tmp_path, capsys):
+    path = tmp_path / "machine.toml"
+    path.write_text(h100_text('device = "cuda"', 'device = "cpu"'))
+    assert main(["plan", "--preset", "125m", "--machine", str(path), "--seq-len", "16777216", "--ranks", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "  --activation-checkpointing" in shown
+    assert "--half-residual" not in shown
 
 
 def test_machines_are_listed(capsys):

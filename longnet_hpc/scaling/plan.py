@@ -14,6 +14,7 @@ from longnet_hpc.record import make_record, where
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Machine, load_machine, machine_names
 from longnet_hpc.scaling.model import Forecast, forecast
+from longnet_hpc.words import bytes_in_words, plural, seconds_in_words
 
 __all__ = ["in_words", "plan", "record_of", "suggestions"]
 
@@ -54,7 +55,7 @@ def plan(config: PlanConfig) -> None:
         with naming_errors(f"cannot write {config.output}"):
             config.output.parent.mkdir(parents=True, exist_ok=True)
             replace_file(config.output, lambda partial: partial.write_text(lines))
-        print(f"{config.output}: {len(forecasts)} records")
+        print(f"{config.output}: {plural(len(forecasts), 'record')}")
 
 
 def record_of(name: str, config: PlanConfig, one: Forecast, **results: Any) -> dict[str, Any]:
@@ -89,16 +90,20 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
             f"{100 * part / one.seconds:.0f}%" for part in (one.compute_seconds, one.wait_seconds, one.gradient_seconds)
         ]
         lines.append(
-            f"{one.ranks:7,}{one.nodes:7,}{_bytes(one.memory.total):>10} of {_bytes(one.capacity_bytes):>7}"
-            f"{'yes' if one.fits else 'NO':>6}{_seconds(one.seconds):>12}{one.tokens / one.seconds:14,.0f}"
-            f"{share[0]:>10}{share[1]:>8}{share[2]:>10}{one.efficiency:12.1%}{_bytes(one.bytes_received):>18}"
-            f"{one.nodes * one.seconds * config.steps / 3600:12,.1f}"
+            f"{one.ranks:7,}{one.nodes:7,}{bytes_in_words(one.memory.total):>10} of "
+            f"{bytes_in_words(one.capacity_bytes):>7}{'yes' if one.fits else 'NO':>6}"
+            f"{seconds_in_words(one.seconds):>12}{one.tokens / one.seconds:14,.0f}"
+            f"{share[0]:>10}{share[1]:>8}{share[2]:>10}{one.efficiency:12.1%}"
+            f"{bytes_in_words(one.bytes_received):>18}{one.nodes * one.seconds * config.steps / 3600:12,.1f}"
         )
     last = forecasts[-1]
-    parts = (f"{name} {_bytes(size)}" for name, size in last.memory.table().items() if size and name != "total")
-    lines += ["", f"memory of a rank, at {last.ranks:,}: {', '.join(parts)}"]
+    its = {name: size for name, size in last.memory.table().items() if size and name not in ("total", "host")}
+    parts = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in its.items())
+    lines += ["", f"memory of a rank, at {last.ranks:,}: {parts}"]
+    if last.memory.host:
+        lines.append(f"besides, in host memory or a file, a rank: {bytes_in_words(last.memory.host)}")
     if last.chunk_len is not None:
-        lines.append(f"chunks of {last.chunk_len:,} tokens over all ranks")
+        lines.append(f"chunks of a stream, at {last.ranks:,}: {last.chunk_len:,} tokens over all ranks")
     too_few = [one.ranks for one in forecasts if not one.fits]
     if too_few:
         lines.append(f"what would fit on {too_few[-1]:,}:")
@@ -109,31 +114,38 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
 def suggestions(config: PlanConfig, machine: Machine, ranks: int) -> list[str]:
     """Return what to change so that a run fits on a number of ranks, from what costs the least time; each forecast."""
     found = []
-    for words, changed in _changes(config):
+    one = forecast(config, machine, ranks)
+    for words, changed in _changes(config, ranks, on_gpu=machine.device == "cuda"):
         one = forecast(changed, machine, ranks)
         if one.fits:
-            found.append(f"{words}: {_bytes(one.memory.total)} a rank, {_seconds(one.seconds)} a step")
-    more = ranks
-    while more < min(config.seq_len, _MOST_RANKS):
-        more = min(2 * more, config.seq_len)
+            found.append(f"{words}: {_what_it_takes(one)}")
+    with_least = one  # all changes made
+    more, most = ranks, min(config.chunk_len or config.seq_len, config.seq_len, _MOST_RANKS)
+    while more < most:
+        more = min(2 * more, most)
         one = forecast(config, machine, more)
         if one.fits:
-            found.append(f"{more:,} ranks: {_bytes(one.memory.total)} a rank, {_seconds(one.seconds)} a step")
+            found.append(f"{more:,} ranks: {_what_it_takes(one)}")
             break
     if not found:
+        one = min(with_least, one, key=lambda one: one.memory.total)
         memory = one.memory
         whole = memory.weights + memory.optimizer + memory.gradients
         found.append(
-            f"nothing of this kind: still {_bytes(memory.total)} of {_bytes(one.capacity_bytes)}, of which weights, "
-            f"gradients and optimizer, whole on every rank, are {_bytes(whole)}"
+            f"nothing of this kind: still {bytes_in_words(memory.total)} of {bytes_in_words(one.capacity_bytes)}, of "
+            f"which weights, gradients and optimizer, whole on every rank, are {bytes_in_words(whole)}"
         )
     return found
 
 
-def _changes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
+def _what_it_takes(one: Forecast) -> str:
+    return f"{bytes_in_words(one.memory.total)} a rank, {seconds_in_words(one.seconds)} a step"
+
+
+def _changes(config: PlanConfig, ranks: int, *, on_gpu: bool) -> Iterator[tuple[str, PlanConfig]]:
     """Yield what costs memory and can be left out."""
     words = ""
-    if not config.half_residual:
+    if not config.half_residual and on_gpu:
         config, words = replace(config, half_residual=True), " --half-residual"
         yield words[1:], config
     if config.task == "train":
@@ -146,19 +158,6 @@ def _changes(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
             yield words[1:], config
     if not config.stream and config.batch_size == 1:
         yield f"{words} --stream".strip(), replace(config, stream=True)
-    elif config.stream and config.chunk_len is not None and config.chunk_len > _SHORT_CHUNK:
-        yield f"{words} --chunk-len {_SHORT_CHUNK}".strip(), replace(config, chunk_len=_SHORT_CHUNK)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 0.1:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:,.1f} min"
+    shorter = max(_SHORT_CHUNK, ranks)
+    if config.stream and config.chunk_len is not None and config.chunk_len > shorter:
+        yield f"{words} --chunk-len {shorter}".strip(), replace(config, chunk_len=shorter)

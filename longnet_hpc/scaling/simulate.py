@@ -27,6 +27,7 @@ from longnet_hpc.scaling.model import Forecast, forecast
 from longnet_hpc.scaling.plan import in_words, plan, record_of
 from longnet_hpc.scaling.platforms import write_hostfile, write_platform
 from longnet_hpc.scaling.traces import count_messages, rank_trace
+from longnet_hpc.words import plural
 
 __all__ = ["Simulated", "replay", "simulate", "why_not"]
 
@@ -109,7 +110,7 @@ def simulate(config: SimulateConfig) -> None:
         with naming_errors(f"cannot write {config.output}"):
             config.output.parent.mkdir(parents=True, exist_ok=True)
             replace_file(config.output, lambda partial: partial.write_text(lines))
-        print(f"{config.output}: {len(records)} records")
+        print(f"{config.output}: {plural(len(records), 'record')}")
 
 
 def find_smpirun() -> str:
