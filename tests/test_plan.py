@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launching import ROOT, run_python
 
@@ -52,6 +53,8 @@ def test_step_on_one_rank_is_the_sum_of_its_parts():
         ({"activation_checkpointing": True}, 1, 2, 1),
         ({"activation_checkpointing": True, "keep_attention": False}, 2, 2, 1),
         ({"stream": True, "chunk_len": 4}, 1.5, 1.5, 1),
+        ({"stream": True, "chunk_len": 5}, 13 / 8, 13 / 8, 1),  # on its way there it omits the last chunk, of 3
+        ({"stream": True, "chunk_len": 8, "activation_checkpointing": True}, 1, 2, 1),
     ],
 )
 def test_passes_are_those_that_the_step_makes(options, forward, blocks, backward):
@@ -79,6 +82,28 @@ def test_exchange_is_latency_and_bytes_over_the_rate(per_node, link):
     gradient = 2 * link.latency_seconds + two.gradient_bytes / link.bytes_per_second
     assert two.gradient_seconds == pytest.approx(gradient)
     assert two.nodes == 2 // per_node
+
+
+def test_each_chunk_of_a_stream_waits_for_its_own_messages():
+    no_bytes = replace(MACHINE, within=Link(1e-4, 1e30))
+    config = PlanConfig(model=MODEL, seq_len=64, ranks_per_node=2, task="eval", stream=True, chunk_len=8)
+    assert forecast(config, no_bytes, 2).exchange_seconds == pytest.approx(8 * 1e-4)
+
+
+def test_gradients_are_summed_in_as_many_parts_as_they_have():
+    model = replace(MODEL, vocab_size=1 << 22)  # 64 M parameters and some, in parts of 16 M
+    no_bytes = replace(MACHINE, within=Link(1e-4, 1e30))
+    two = forecast(PlanConfig(model=model, seq_len=8), no_bytes, 2)
+    assert two.gradient_seconds == pytest.approx(2 * 1e-4 * -(-model.parameter_count // (1 << 24)))
+
+
+@pytest.mark.parametrize(("vocab_size", "token_bytes"), [(256, 1), (257, 2), (1 << 16, 2), ((1 << 16) + 1, 4)])
+def test_tokens_are_read_in_the_bytes_that_a_corpus_stores(vocab_size, token_bytes):
+    config = PlanConfig(model=replace(MODEL, vocab_size=vocab_size), seq_len=64)
+    slow = replace(MACHINE, input_bytes_per_second=1.0)
+    one = forecast(config, slow, 2)
+    assert one.seconds == one.input_seconds == 32 * token_bytes
+    assert np.min_scalar_type(vocab_size - 1).itemsize == token_bytes  # as a tokenizer does
 
 
 def test_computing_hides_its_share_of_an_exchange():

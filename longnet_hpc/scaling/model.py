@@ -142,16 +142,16 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
     heads = model.heads, model.kv_heads or model.heads
     looked_at = ranks_to_look_at(ranks, per_node)
     works = [_work(model.pattern, *heads, config.seq_len, at_once, ranks, per_node, rank) for rank in looked_at]
-    passes = _Passes.of(config, -(-config.seq_len // at_once))
+    passes = _Passes.of(config, at_once)
     every = [_seconds(config, machine, work, config.seq_len / ranks, share, passes) for work in works]
     slowest = max(every, key=lambda one: one.compute + one.wait)
     fixed = machine.step_seconds + training * machine.parameter_seconds * model.parameter_count * share
     gradient_bytes = 0
     if training:
         gradient_bytes = 2 * 4 * model.parameter_count * (ranks - 1) // ranks
-    gradient = _gradient_sum(machine, gradient_bytes, ranks, per_node)
+    gradient = _gradient_sum(machine, model.parameter_count, gradient_bytes, ranks, per_node)
     tokens = config.seq_len * config.batch_size
-    reading = passes.sweeps * tokens / ranks * share / machine.input_bytes_per_second
+    reading = passes.sweeps * tokens * _token_bytes(model) / ranks * share / machine.input_bytes_per_second
     seconds = max(slowest.compute + slowest.wait + fixed + gradient, reading)
     received = max(
         _bytes_received(config, machine, work, rank, at_once, ranks)
@@ -194,13 +194,17 @@ class _Passes:
     """Forward passes of everything else."""
     backward: int
     """Backward passes."""
+    chunks: int
+    """Into which a pass is cut; each has exchanges of its own."""
 
     @classmethod
-    def of(cls, config: PlanConfig, chunks: int) -> _Passes:
+    def of(cls, config: PlanConfig, at_once: int) -> _Passes:
+        chunks = -(-config.seq_len // at_once)
         if config.task == "eval":
-            return cls(1, 1, 1, 0)
-        sweeps, again = 1 + config.stream * (chunks - 1) / chunks, int(config.activation_checkpointing)
-        return cls(sweeps, sweeps + (again and not config.keep_attention), sweeps + again, 1)
+            return cls(1, 1, 1, 0, chunks)
+        last = (chunks - 1) * at_once  # start of the chunk that a stream omits on its way there
+        sweeps, again = 1 + last / config.seq_len, int(config.activation_checkpointing)
+        return cls(sweeps, sweeps + (again and not config.keep_attention), sweeps + again, 1, chunks)
 
 
 @lru_cache(1 << 14)
@@ -255,7 +259,7 @@ class _RankSeconds:
 def _seconds(
     config: PlanConfig, machine: Machine, work: AttentionWork, tokens: float, share: float, passes: _Passes
 ) -> _RankSeconds:
-    layers, layer = config.model.layers, layer_seconds(config, machine, work, tokens, share)
+    layers, layer = config.model.layers, layer_seconds(config, machine, work, tokens, share, passes.chunks)
     attention = passes.forward * layer.attention + passes.backward * layer.attention_backward
     blocks = passes.blocks * layer.blocks + passes.backward * layer.blocks_backward
     exchange = (passes.forward + passes.backward) * layer.exchange
@@ -270,7 +274,7 @@ def _seconds(
 
 
 def layer_seconds(
-    config: PlanConfig, machine: Machine, work: AttentionWork, tokens: float, share: float = 1.0
+    config: PlanConfig, machine: Machine, work: AttentionWork, tokens: float, share: float = 1.0, chunks: int = 1
 ) -> LayerSeconds:
     """Return the time of one layer on one rank.
 
@@ -286,6 +290,8 @@ def layer_seconds(
         Tokens of the rank, of one sequence.
     share : float
         Ranks that share a device.
+    chunks : int
+        Chunks of a stream that this is the work of, one after the other.
     """
     model, blocks, attention = config.model, machine.blocks, machine.attention
     flop = _block_flop(model) * tokens * config.batch_size * share
@@ -294,8 +300,8 @@ def layer_seconds(
     row_bytes = 2 * model.head_dim * machine.itemsize * config.batch_size
     beyond = work.received + work.carried - work.received_within
     exchange = (
-        _latency(machine.within, work.messages_within)
-        + _latency(machine.between, work.messages - work.messages_within)
+        _latency(machine.within, work.messages_within, chunks)
+        + _latency(machine.between, work.messages - work.messages_within, chunks)
         + work.received_within * row_bytes * share / machine.within.bytes_per_second
         + beyond * row_bytes * share / machine.between.bytes_per_second
     )
@@ -311,7 +317,7 @@ def layer_seconds(
 
 
 def head_seconds(config: PlanConfig, machine: Machine, tokens: float, share: float) -> float:
-    """Return the time of the product with the vocabulary, and of the loss; once more in a stream's way back."""
+    """Return the time of the product with the vocabulary, and of the loss; a stream has them on its way back only."""
     model, blocks, training = config.model, machine.blocks, config.task == "train"
     logits = tokens * config.batch_size * model.vocab_size * share
     seconds = logits * 2 * model.embed_dim / _at(blocks.embed_dims, blocks.forward_flop_per_second, model.embed_dim)
@@ -319,13 +325,13 @@ def head_seconds(config: PlanConfig, machine: Machine, tokens: float, share: flo
     return seconds + training * backward + logits * machine.logit_seconds * (1.0 if training else 0.5)
 
 
-def _gradient_sum(machine: Machine, received: int, ranks: int, per_node: int) -> float:
+def _gradient_sum(machine: Machine, parameters: int, received: int, ranks: int, per_node: int) -> float:
     """Return the time of the sum over ranks: parts to their owners, and the sums back, a bucket after the other."""
     if ranks == 1 or received == 0:
         return 0.0
     beyond = received * max(0, ranks - per_node) // (ranks - 1)
     link = machine.within if ranks <= per_node else machine.between
-    buckets = -(-received // (2 * _BUCKET_BYTES))
+    buckets = -(-4 * parameters // _BUCKET_BYTES)
     share = max(1.0, per_node / machine.devices_per_node)
     return (
         2 * buckets * _latency(link, ranks - 1)
@@ -334,9 +340,15 @@ def _gradient_sum(machine: Machine, received: int, ranks: int, per_node: int) ->
     )
 
 
-def _latency(link: Link, messages: int) -> float:
-    """Return the latency of messages that are in flight together: that of one, and of each other some more."""
-    return link.latency_seconds * (1 + NEXT_MESSAGE * (messages - 1)) if messages else 0.0
+def _latency(link: Link, messages: int, exchanges: int = 1) -> float:
+    """Return the latency of messages, in flight together in each exchange: that of one, and of each other some more."""
+    first = min(messages, exchanges)
+    return link.latency_seconds * (first + NEXT_MESSAGE * (messages - first))
+
+
+def _token_bytes(model: LongNetConfig) -> int:
+    """Return the bytes of a token in a corpus: the narrowest of 1, 2 and 4 that has room for the vocabulary."""
+    return 1 if model.vocab_size <= 1 << 8 else 2 if model.vocab_size <= 1 << 16 else 4
 
 
 def _block_flop(model: LongNetConfig) -> int:
