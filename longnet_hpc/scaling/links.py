@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -13,11 +16,14 @@ from longnet_hpc.comm.buffers import start_alltoallv
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.scaling.machine import Link
 
-__all__ = ["Links", "measure_links"]
+__all__ = ["Links", "measure_links", "pairs_between", "pairs_within"]
 
 _SMALL_BYTES, _LARGE_BYTES = 1 << 10, 1 << 24
 _REPEATS = 9
 _COPY_LATENCY_SECONDS = 2e-6
+
+Pair = tuple[int | None, int | None]
+"""The rank that one sends to, and that it receives from; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,18 @@ class Links:
 def measure_links(launch: Launch) -> Links:
     """Measure exchanges of pairs of ranks, all at once. Collective.
 
-    A rank exchanges with its neighbour in the node, and with the rank of the same place in the next node, where there
-    are these. What there is not is estimated, and the remark says so.
+    A rank exchanges with its neighbour in the node, and with the ranks of the same place in the nodes beside it, where
+    there are these. What there is not is estimated, and the remark says so.
     """
     if launch.size == 1:
         rate = _copy_rate(launch.device)
         link = Link(_COPY_LATENCY_SECONDS, rate)
         return Links(link, link, 0.0, "; one rank, so that links are estimated from copies in memory")
-    nodes = launch.size // launch.node_size
-    within = _link(launch, launch.rank ^ 1) if launch.node_size > 1 else None
-    between = _link(launch, (launch.rank + launch.node_size) % launch.size) if nodes > 1 else None
+    nodes = allgather_objects(launch.comm, socket.gethostname())
+    within, between = (
+        _link(launch, pairs) if any(to is not None for to, _ in pairs) else None
+        for pairs in (pairs_within(nodes), pairs_between(nodes))
+    )
     remark = ""
     if between is None:
         remark = "; one node, so that links between nodes are taken as those within"
@@ -57,29 +65,54 @@ def measure_links(launch: Launch) -> Links:
     return Links(within or known, between or known, _overlap(launch), remark)
 
 
-def _link(launch: Launch, partner: int) -> Link:
-    small, large = (_pair_seconds(launch, partner, count) for count in (_SMALL_BYTES, _LARGE_BYTES))
+def pairs_within(nodes: Sequence[str]) -> list[Pair]:
+    """Return for each rank the neighbour in its node that it sends to, which sends to it, too; of the node of each."""
+    pairs: list[Pair] = [(None, None)] * len(nodes)
+    for ranks in _ranks_of(nodes):
+        for one, other in zip(ranks[::2], ranks[1::2], strict=False):
+            pairs[one], pairs[other] = (other, other), (one, one)
+    return pairs
+
+
+def pairs_between(nodes: Sequence[str]) -> list[Pair]:
+    """Return for each rank the one of the same place in the next node, to send to, and that in the one before."""
+    pairs: list[Pair] = [(None, None)] * len(nodes)
+    for of_a_place in zip_longest(*_ranks_of(nodes)):
+        ranks = [rank for rank in of_a_place if rank is not None]
+        if len(ranks) > 1:
+            for before, rank, after in zip([ranks[-1], *ranks], ranks, [*ranks[1:], ranks[0]], strict=False):
+                pairs[rank] = after, before
+    return pairs
+
+
+def _ranks_of(nodes: Sequence[str]) -> list[list[int]]:
+    by_node: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        by_node.setdefault(node, []).append(rank)
+    return list(by_node.values())
+
+
+def _link(launch: Launch, pairs: Sequence[Pair]) -> Link:
+    to, source = pairs[launch.rank]
+    small, large = (_pair_seconds(launch, to, source, count) for count in (_SMALL_BYTES, _LARGE_BYTES))
     return Link(small, (_LARGE_BYTES - _SMALL_BYTES) / max(large - small, 1e-9))
 
 
-def _exchange(launch: Launch, partner: int, data: torch.Tensor) -> torch.Tensor:
-    """Send to one rank, and receive from the rank that this one is the partner of."""
+def _exchange(launch: Launch, to: int | None, source: int | None, data: torch.Tensor) -> torch.Tensor:
+    """Send to one rank, and receive as much from another, if there are these."""
     comm, rows = launch.comm, len(data)
     assert comm is not None
-    valid = partner < launch.size
-    backward = launch.rank ^ 1 if partner == launch.rank ^ 1 else (launch.rank - partner + launch.rank) % launch.size
-    send = [rows if valid and other == partner else 0 for other in range(comm.size)]
-    receive = [rows if valid and other == backward else 0 for other in range(comm.size)]
+    send, receive = ([rows if other == its else 0 for other in range(comm.size)] for its in (to, source))
     return start_alltoallv(comm, data, send, [0] * comm.size, receive).finish()
 
 
-def _pair_seconds(launch: Launch, partner: int, count: int) -> float:
+def _pair_seconds(launch: Launch, to: int | None, source: int | None, count: int) -> float:
     data = torch.zeros(count // 1024, 1024, dtype=torch.uint8, device=launch.device)
     times = []
     for repeat in range(_REPEATS + 2):
         barrier(launch.comm)
         begin = time.perf_counter()
-        _exchange(launch, partner, data)
+        _exchange(launch, to, source, data)
         if launch.device.type == "cuda":
             torch.cuda.synchronize(launch.device)
         if repeat >= 2:
