@@ -173,6 +173,31 @@ def test_bytes_and_memory_are_compared_with_forecasts(tmp_path):
     assert math.isclose(float(four["difference"]), 325 / 250 - 1)
 
 
+def test_memory_of_a_gpu_is_compared_without_that_of_its_processes(tmp_path):
+    memory = {"process": 1000, "activations": 1500, "total": 2500}
+    its = {"peak_memory_bytes": 1500}
+    for device, changes, expected in (("cpu", {}, 2500), ("h100", {"gpu": "NVIDIA H100 80GB HBM3"}, 1500)):
+        folder = tmp_path / device
+        forecast = step("plan", 2, 65536, 1.1, kind="modelled", machine=device, results={"memory_bytes": memory})
+        make(folder, [step("bench strong", 2, 65536, 1.0, changes=changes, results=its), forecast])
+        (line,) = (line for line in table_of(folder, "memory_of_a_rank") if line["forecast_bytes"])
+        assert int(line["forecast_bytes"]) == expected
+
+
+def test_forecasts_of_what_is_kept_are_lines_of_their_own(tmp_path):
+    kept = {"activation_checkpointing": True, "kind": "modelled", "machine": "h100"}
+    records = [
+        step("plan", ranks, 65536, seconds / ranks, keep_attention=keep, **kept)
+        for ranks in (1, 2)
+        for keep, seconds in ((True, 8.0), (False, 9.0))
+    ]
+    make(tmp_path, records)
+    lines = table_of(tmp_path, "strong_scaling")
+    assert sorted(float(line["seconds"]) for line in lines) == [4.0, 4.5, 8.0, 9.0]
+    assert len({line["case"] for line in lines}) == 2
+    assert any("checkpointed with attention" in line["case"] for line in lines)
+
+
 def test_newer_record_of_a_point_replaces_the_older(tmp_path):
     old, new, other = (
         step("bench strong", 1, 65536, 9.0),
@@ -193,6 +218,8 @@ def test_points_match_only_where_the_same_is_computed_on_the_same_device(tmp_pat
         step("plan", 2, 65536, 0.9, kind="modelled", machine="mi250x"),
         step("plan", 2, 65536, 1.3, kind="modelled", machine="runs/machine.toml"),
         step("plan", 2, 65536, 1.5, kind="modelled", machine="h100", activation_checkpointing=True),
+        step("plan", 2, 65536, 1.55, kind="modelled", machine="h100", keep_attention=False),
+        step("plan", 2, 65536, 1.57, kind="modelled", machine="h100", stream=True, chunk_len=32768),
         step("plan", 2, 65536, 1.6, kind="modelled", machine="h100", task="eval"),
         step("plan", 2, 32768, 1.7, kind="modelled", machine="h100"),
         step("plan", 4, 65536, 1.8, kind="modelled", machine="h100"),

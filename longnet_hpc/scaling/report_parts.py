@@ -147,7 +147,7 @@ def draw_memory(rows: Sequence[Row]) -> Iterable[Picture]:
         values: dict[str, Any] = {"memory_bytes": int(total), "capacity_bytes": capacity}
         forecast = forecasts.get(id(point))
         bar = Bar(_label(point, labels), point.row, parts, words, capacity, values)
-        if forecast is not None and (expected := _memory(forecast.row)[1]):
+        if forecast is not None and (expected := _comparable_memory(forecast.row, point)):
             values |= {"forecast_bytes": int(expected), "difference": expected / total - 1}
             bar.beside = forecast.row
         bars.append(bar)
@@ -172,7 +172,8 @@ def draw_memory(rows: Sequence[Row]) -> Iterable[Picture]:
         "memory_of_a_rank",
         "memory",
         "Memory of a rank",
-        "Peak of the rank that needs most; forecasts by what needs it. Black marks: what a rank has.",
+        "Peak of the rank that needs most; forecasts by what needs it. On a GPU tensors are measured, and compared "
+        "without what a process takes besides. Black marks: what a rank has.",
         {
             "point": "point",
             "memory_bytes": "memory",
@@ -210,6 +211,12 @@ def _memory(row: Row) -> tuple[dict[str, float], float]:
         return parts, as_number(table.get("total"), 0) or sum(parts.values())
     peak = row.positive("peak_memory_bytes")
     return ({"peak": peak}, peak) if peak else ({}, 0.0)
+
+
+def _comparable_memory(forecast: Row, measured: Point) -> float:
+    """Return what a forecast says of what was measured: of a GPU without what a process takes before any tensor."""
+    parts, total = _memory(forecast)
+    return total if measured.device == "cpu" else total - parts.get("process", 0.0)
 
 
 def draw_slowest(rows: Sequence[Row]) -> Iterable[Picture]:

@@ -24,8 +24,10 @@ MODELLED = ("plan", "simulate")
 _ALSO_OF_A_CASE = {
     "batch_size": 1,
     "activation_checkpointing": False,
+    "keep_attention": True,
     "half_residual": False,
     "stream": False,
+    "chunk_len": None,
     "geometric": None,
 }
 """What changes a step besides its model and task, and what it is where nothing is said."""
@@ -168,6 +170,8 @@ def labels_of(points: Iterable[Point]) -> dict[str, str]:
             for key, words in (("activation_checkpointing", "checkpointed"), ("stream", "streamed"))
             if config.get(key)
         ]
+        if config.get("activation_checkpointing") and config.get("keep_attention") is False:
+            also[0] += " with attention"
         if (batch := config.get("batch_size", 1)) != 1:
             also.append(f"batch {short(str(batch), 8)}")
         label = ", ".join([f"{name} {task}", *also])
