@@ -54,7 +54,7 @@ def summary_of(seconds: Sequence[dict[str, float]]) -> Summary:
 def traced(path: Path | None, launch: Launch) -> Iterator[None]:
     """Trace what all ranks do within this context, and write one file at its end. Collective.
 
-    After an error nothing is written, unless it is that the job was told to stop.
+    After an error the file is left with no spans, unless the error is that the job was told to stop.
 
     Parameters
     ----------
