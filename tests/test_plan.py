@@ -313,6 +313,16 @@ def test_run_that_fits_nowhere_is_told_so_at_the_ends_of_what_can_be_changed(tmp
     assert "nothing of this kind: still" in capsys.readouterr().out
 
 
+def test_chunk_that_is_chosen_is_told_as_an_option_of_the_run(capsys):
+    words = ["plan", "--preset", "125m", "--seq-len", "268435456", "--stream", "--ranks", "2"]
+    assert main(words) == 0
+    found = re.search(r"give --chunk-len (\d+) to the run", capsys.readouterr().out)
+    assert found
+    assert main([*words, "--chunk-len", found[1]]) == 0
+    shown = capsys.readouterr().out
+    assert f"{int(found[1]):,} tokens over all ranks\n" in shown
+
+
 def test_sizes_in_the_table_are_never_powers_of_ten(tmp_path, capsys):
     path = tmp_path / "machine.toml"
     path.write_text(h100_text("memory_bytes = 85_000_000_000", "memory_bytes = 999_700_000_000"))
