@@ -89,6 +89,8 @@ def main():
     options = parser.parse_args()
     launch, machine = start(), load_machine(options.machine)
     cases = GPU_CASES if launch.device.type == "cuda" else CPU_CASES
+    if options.cases and not set(options.cases) <= set(range(len(cases))):
+        parser.error(f"--cases must be 0 to {len(cases) - 1}, got {' '.join(map(str, options.cases))}")
     errors = []
     for number, case in enumerate(cases):
         if options.cases and number not in options.cases:

@@ -339,6 +339,17 @@ def test_residual_stream_that_has_no_half_is_not_halved(tmp_path, capsys):
     assert "--half-residual" not in shown
 
 
+@pytest.mark.parametrize(("memory", "word"), [(0.9, "NO"), (1.01, "tight"), (1.2, "yes")])
+def test_run_that_fits_barely_is_told_so(tmp_path, capsys, memory, word):
+    needed = forecast(PlanConfig(seq_len=65536), load_machine("h100"), 1).memory.total
+    path = tmp_path / "machine.toml"
+    path.write_text(h100_text("memory_bytes = 85_000_000_000", f"memory_bytes = {int(memory * needed)}"))
+    assert main(["plan", "--seq-len", "65536", "--machine", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"^ +1 +1 .* {word} ", shown, re.MULTILINE)
+    assert ("tight: it fits by less" in shown) == (word == "tight")
+
+
 def test_machines_are_listed(capsys):
     assert main(["plan", "--machine", "list"]) == 0
     assert capsys.readouterr().out.count("\n") == len(machine_names())

@@ -22,6 +22,8 @@ _MOST_RANKS = 1 << 13
 """How far more ranks are looked for that would be enough."""
 _SHORT_CHUNK = 1 << 15
 """A chunk that is as short as makes sense, in tokens."""
+_SURE = 0.95
+"""Share of the memory that a forecast may reach and still be sure to fit."""
 _CHECK = "memory and time are sums of parts that are not negative"
 
 
@@ -91,11 +93,13 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
         ]
         lines.append(
             f"{one.ranks:7,}{one.nodes:7,}{bytes_in_words(one.memory.total):>10} of "
-            f"{bytes_in_words(one.capacity_bytes):>7}{'yes' if one.fits else 'NO':>6}"
+            f"{bytes_in_words(one.capacity_bytes):>7}{_fits(one):>6}"
             f"{seconds_in_words(one.seconds):>12}{one.tokens / one.seconds:14,.0f}"
             f"{share[0]:>10}{share[1]:>8}{share[2]:>10}{one.efficiency:12.1%}"
             f"{bytes_in_words(one.bytes_received):>18}{one.nodes * one.seconds * config.steps / 3600:12,.1f}"
         )
+    if any(_fits(one) == "tight" for one in forecasts):
+        lines.append("tight: it fits by less than forecasts of memory may be wrong, a twentieth")
     last = forecasts[-1]
     its = {name: size for name, size in last.memory.table().items() if size and name not in ("total", "host")}
     parts = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in its.items())
@@ -113,6 +117,12 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
         lines.append(f"what would fit on {too_few[-1]:,}:")
         lines += [f"  {line}" for line in suggestions(config, machine, too_few[-1])]
     return lines
+
+
+def _fits(one: Forecast) -> str:
+    if not one.fits:
+        return "NO"
+    return "tight" if one.memory.total > _SURE * one.capacity_bytes else "yes"
 
 
 def suggestions(config: PlanConfig, machine: Machine, ranks: int) -> list[str]:
