@@ -252,7 +252,7 @@ def test_slowest_rank_counts_and_is_named(comm):
 
 
 def test_wait_for_rows_is_not_hidden(comm):
-    """Rows of the first rank that come late are waited for, which is more than they take alone."""
+    """Rows of the first rank come late, and are waited for longer than they take alone."""
     launch = launch_of(comm)
     x = torch.ones(1, 64, 4, 8)
     plan = SequencePlan.build(MODEL.pattern, 64, comm=comm)
@@ -266,11 +266,16 @@ def test_wait_for_rows_is_not_hidden(comm):
         overlap = Overlap(Rounds(launch), plan)
         for _ in range(3):
             overlap.take(work, timed=True)
-        results = overlap.results(MODEL, x[:, :, :2], layers=1, training=False)
-    assert results["exchange_waited_seconds"] > 0.05
-    assert results["waited_fraction"] == results["exchange_waited_seconds"] / results["exchange_alone_seconds"]
-    assert 1 - results["hidden_fraction"] > results["waited_fraction"] > 1
-    assert 0 < results["exchange_driven_seconds"] < 0.05
+        options = {"layers": 1, "training": False}
+        late, waiting = (
+            overlap.results(MODEL, x[:, :, :2], slowest_rank=rank, **options) for rank in (0, comm.size - 1)
+        )
+    assert waiting["exchange_waited_seconds"] > 0.05 > late["exchange_waited_seconds"]
+    for results in (late, waiting):
+        assert 0 < results["exchange_driven_seconds"] < 0.05
+        inside = results["exchange_driven_seconds"] + results["exchange_waited_seconds"]
+        assert results["hidden_fraction"] == pytest.approx(1 - inside / results["exchange_alone_seconds"])
+    assert waiting["hidden_fraction"] < -1
 
 
 def test_launch_of_some_ranks_is_theirs_alone(comm):

@@ -84,7 +84,9 @@ class AttentionPoint:
             "tokens_per_second": tokens / results["seconds"],
             "model_flop": flop,
             "model_flop_per_second": flop / results["seconds"],
-            **self._overlap.results(model, self._leaves[_KEYS], layers=1, training=self._training),
+            **self._overlap.results(
+                model, self._leaves[_KEYS], layers=1, training=self._training, slowest_rank=results["slowest_rank"]
+            ),
         }
 
     def check(self) -> tuple[str, bool]:

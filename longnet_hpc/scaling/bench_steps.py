@@ -139,7 +139,9 @@ class StepsPoint:
             "loss_nats_per_token": self._loss,
             "model_flop": flop,
             "model_flop_per_second": flop / results["seconds"],
-            **self._overlap.results(model, x, layers=model.layers, training=training),
+            **self._overlap.results(
+                model, x, layers=model.layers, training=training, slowest_rank=results["slowest_rank"]
+            ),
         }
 
     def check(self) -> tuple[str, bool]:

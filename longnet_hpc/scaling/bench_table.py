@@ -53,8 +53,10 @@ def _seconds(point: Row, results: Row) -> str:
     return f"{middle * scale:.3f} [{low * scale:.3f}, {high * scale:.3f}] {unit}"
 
 
-def _hidden(point: Row, results: Row) -> str:
-    return "< 0" if results.get("hidden_fraction", 0) < 0 else _number("hidden_fraction", 100, 1)(point, results)
+def _exchange(point: Row, results: Row) -> str:
+    if "hidden_fraction" not in results:
+        return "-"
+    return " / ".join(f"{results[f'exchange_{what}_seconds'] * 1e3:,.2f}" for what in ("alone", "driven", "waited"))
 
 
 def _received(point: Row, results: Row) -> str:
@@ -71,10 +73,9 @@ _FIRST: list[_Column] = [
     ("tokens/s", _number("tokens_per_second", 1, 0)),
 ]
 _LAST: list[_Column] = [
-    ("wait s", _number("wait_seconds", 1, 3)),
     ("gradient s", _number("gradient_seconds", 1, 3)),
-    ("hidden %", _hidden),
-    ("MB, least", _received),
+    ("exchange ms: alone / driven / waited", _exchange),
+    ("MB / least", _received),
 ]
 _SCALING: list[_Column] = [*_FIRST, ("efficiency %", _number("efficiency", 100, 1)), *_LAST]
 _ATTENTION: list[_Column] = [*_FIRST, ("GFLOP/s", _number("model_flop_per_second", 1e-9, 1)), *_LAST]
