@@ -11,7 +11,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy = none
 
-.PHONY: setup demo lint test test-one test-parallel
+.PHONY: setup demo lint test test-one test-parallel test-slurm
 
 setup: $(bin)/.ready
 
@@ -30,7 +30,7 @@ lint: setup
 	$(bin)/mypy longnet_hpc
 
 test-one: setup
-	$(bin)/python -m pytest -m "not mpi" tests
+	$(bin)/python -m pytest -m "not mpi and not slurm" tests
 
 # One process group per number of ranks, with a limit on the whole so that a hang is a failure.
 test-parallel: setup
@@ -38,6 +38,10 @@ test-parallel: setup
 	  PATH=$(bin):$$PATH timeout 600 $(bin)/mpirun -n $$ranks $(bin)/python -m mpi4py -m pytest -x -m mpi --with-mpi tests \
 	  || exit 1; done
 
-test: lint test-one test-parallel
+# Job scripts on a Slurm of several virtual nodes, which these tests start and stop; skipped where none is installed.
+test-slurm: setup
+	timeout 600 $(bin)/python -m pytest -rs -m slurm tests/slurm
+
+test: lint test-one test-parallel test-slurm
 	$(MAKE) test-parallel MPI=openmpi
 	@echo "all tests passed"
