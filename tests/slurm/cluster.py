@@ -46,6 +46,7 @@ AccountingStorageType=accounting_storage/none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 EnforcePartLimits=ALL
 MinJobAge=3600
+FirstJobId={first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1
@@ -163,7 +164,9 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         host, ports = socket.gethostname().split(".")[0], _free_ports(1 + NODES)
-        text = _CONF.format(folder=self.folder, user=getpass.getuser(), host=host, port=ports[0])
+        # Numbers of its own: MPICH names shared memory after the job, and would take what a killed one left for it.
+        first_job = 1 + int(time.time()) % 50_000_000
+        text = _CONF.format(folder=self.folder, user=getpass.getuser(), host=host, port=ports[0], first_job=first_job)
         for number, port in enumerate(ports[1:], start=1):
             (self.folder / f"spool-node{number}").mkdir()
             text += f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
