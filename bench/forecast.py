@@ -12,6 +12,8 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from longnet_hpc import LongNetConfig
 from longnet_hpc.comm.launch import start
 from longnet_hpc.config import PRESETS
@@ -61,6 +63,7 @@ def measure(case, launch, machine_name, machine, repeats):
     plan = PlanConfig(
         machine=machine_name, seq_len=tokens, ranks=(launch.size,), ranks_per_node=launch.node_size, **options
     )
+    torch.compiler.reset()  # torch keeps so many graphs of one code, and each case has its own
     with use(Trace(on_gpu=launch.device.type == "cuda")):
         point = StepsPoint(Steps(bench, launch.device), launch, tokens)
         for number in range(bench.warmup + bench.repeats):

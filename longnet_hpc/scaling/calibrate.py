@@ -1,7 +1,8 @@
 """``calibrate``: measure what the performance model has to know of a machine, and write it as a TOML file.
 
 Parts of a step are measured by themselves, on shapes of their own: a block without attention, attention without a
-block, the loss, the update, messages between ranks. All ranks measure at once, as they compute at once in a run.
+block, the loss, the update, messages between ranks. Ranks measure at once, as they compute at once in a run; of those
+that share a device the first measures, and the others rest, since what a share of it is worth depends on the moment.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -37,10 +39,13 @@ from longnet_hpc.record import where
 from longnet_hpc.scaling.config import CalibrateConfig
 from longnet_hpc.scaling.links import measure_links
 from longnet_hpc.scaling.machine import Attention, Blocks, Machine
+from longnet_hpc.scaling.rounds import rest_until_all
 from longnet_hpc.scaling.work import attention_work
 from longnet_hpc.sequence_plan import SequencePlan
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
     from longnet_hpc.positions import Rotation
 
 __all__ = ["calibrate"]
@@ -66,7 +71,7 @@ class Sizes:
 
 
 SIZES = {
-    "cuda": Sizes((256, 512, 768, 1024, 2048), (64, 128), 1 << 15, 1 << 17, 8, 1 << 16, 7),
+    "cuda": Sizes((256, 512, 768, 1024, 2048), (64, 128), 1 << 18, 1 << 20, 8, 1 << 19, 7),
     "cpu": Sizes((64, 128, 256, 512, 1024), (16, 32, 64, 128), 1 << 12, 1 << 13, 4, 1 << 13, 5),
 }
 """By the kind of device."""
@@ -85,30 +90,31 @@ def calibrate(config: CalibrateConfig, launch: Launch) -> Machine:
     with agreed(launch.comm):
         if config.output.exists() and not config.overwrite:
             raise ConfigError(f"machine file {config.output} exists; give --overwrite, or another --output")
-    process_bytes = _bytes_taken(launch)
-    bench = _Bench(config, launch)
     on_gpu = launch.device.type == "cuda"
-    embed_dims, head_dims = bench.sizes.embed_dims, bench.sizes.head_dims
-    rates: list[tuple[float, float]] = []
-    with steps_bar(launch.rank, "calibrate", len(embed_dims) + len(head_dims) + 3, unit="measurement") as update:
-        for embed_dim in embed_dims:
-            rates.append(bench.block_rates(embed_dim))
-            update(f"blocks of width {embed_dim}: {rates[-1][0] / 1e9:,.1f} GFLOP/s")
-        seconds = []
-        for head_dim in head_dims:
-            seconds.append(bench.attention_seconds(head_dim))
-            update(f"attention of head_dim {head_dim}: {seconds[-1].long_forward * 1e3:,.1f} ms")
-        attention = bench.attention(head_dims, seconds)
-        blocks = Blocks(embed_dims, tuple(r[0] for r in rates), tuple(r[1] for r in rates))
-        logit_seconds = bench.logit_seconds(blocks)
-        parameter_seconds, step_seconds = bench.update_seconds()
-        update(f"an update: {parameter_seconds * 1e9:.3g} ns a parameter")
-        links = measure_links(launch)
-        update(f"messages: {links.within.bytes_per_second / 1e9:.3g} GB/s")
-        reading = bench.reading_rate()
-        update(f"reading: {reading / 1e9:.3g} GB/s")
-    place = where(launch)
     count = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    process_bytes = _bytes_taken(launch)
+    with _measuring(launch, launch.node_rank < count) as comm:
+        bench = _Bench(config, launch, comm, measures=launch.node_rank < count)
+        embed_dims, head_dims = bench.sizes.embed_dims, bench.sizes.head_dims
+        rates: list[tuple[float, float]] = []
+        with steps_bar(launch.rank, "calibrate", len(embed_dims) + len(head_dims) + 3, unit="measurement") as update:
+            for embed_dim in embed_dims:
+                rates.append(bench.block_rates(embed_dim))
+                update(f"blocks of width {embed_dim}: {rates[-1][0] / 1e9:,.1f} GFLOP/s")
+            seconds = []
+            for head_dim in head_dims:
+                seconds.append(bench.attention_seconds(head_dim))
+                update(f"attention of head_dim {head_dim}: {seconds[-1].long_forward * 1e3:,.1f} ms")
+            attention = bench.attention(head_dims, seconds)
+            blocks = Blocks(embed_dims, tuple(r[0] for r in rates), tuple(r[1] for r in rates))
+            logit_seconds = bench.logit_seconds(blocks)
+            parameter_seconds, step_seconds = bench.update_seconds()
+            update(f"an update: {parameter_seconds * 1e9:.3g} ns a parameter")
+            links = measure_links(launch)
+            update(f"messages: {links.within.bytes_per_second / 1e9:.3g} GB/s")
+            reading = bench.reading_rate()
+            update(f"reading: {reading / 1e9:.3g} GB/s")
+    place = where(launch)
     memory = (
         torch.cuda.get_device_properties(launch.device).total_memory
         if on_gpu
@@ -151,24 +157,30 @@ def calibrate(config: CalibrateConfig, launch: Launch) -> Machine:
 
 
 def _unshared(machine: Machine, share: float) -> Machine:
-    """Return a machine as one rank alone would find it on a device that some ranks shared: ``share`` times as fast."""
-
-    def faster(part: Any, *names: str) -> Any:
-        rates = {name: tuple(share * rate for rate in getattr(part, name)) for name in names}
-        return replace(part, **rates)
-
-    rates = "forward_flop_per_second", "backward_flop_per_second"
+    """Return a machine as one rank alone would find it where some share a device: memory, messages and reading."""
     return replace(
         machine,
         process_bytes=int(machine.process_bytes / share) if machine.device == "cuda" else machine.process_bytes,
-        blocks=faster(machine.blocks, *rates),
-        attention=faster(machine.attention, *rates),
-        logit_seconds=machine.logit_seconds / share,
-        parameter_seconds=machine.parameter_seconds / share,
         within=replace(machine.within, bytes_per_second=share * machine.within.bytes_per_second),
         between=replace(machine.between, bytes_per_second=share * machine.between.bytes_per_second),
         input_bytes_per_second=share * machine.input_bytes_per_second,
     )
+
+
+@contextmanager
+def _measuring(launch: Launch, measures: bool) -> Iterator[MPI.Comm | None]:
+    """Yield a communicator of the ranks that measure; None on the others, and without MPI. Collective."""
+    if launch.comm is None:
+        yield None
+        return
+    from mpi4py import MPI
+
+    comm = launch.comm.Split(0 if measures else MPI.UNDEFINED, key=launch.rank)
+    try:
+        yield comm if measures else None
+    finally:
+        if measures:
+            comm.Free()
 
 
 def _bytes_taken(launch: Launch) -> int:
@@ -206,30 +218,31 @@ class _NoAttention:
 class _Bench:
     """Measures parts of a step; every figure is of the slowest rank."""
 
-    def __init__(self, config: CalibrateConfig, launch: Launch) -> None:
-        self.launch, self.device = launch, launch.device
+    def __init__(self, config: CalibrateConfig, launch: Launch, comm: MPI.Comm | None, *, measures: bool) -> None:
+        self.launch, self.device, self.comm, self.measures = launch, launch.device, comm, measures
         self.on_gpu = self.device.type == "cuda"
         self.compute = Compute(config, launch, LongNetConfig(embed_dim=64, heads=1, layers=1), 1 << 15)
         self.sizes = SIZES[self.device.type]
         self.spread = 0.0
 
     def seconds(self, *functions: Callable[[], object]) -> list[float]:
-        """Return the median time of each function, on the rank where that is longest. They take turns. Collective."""
+        """Return the median time of each function, on the measuring rank where it is longest; they take turns. Collective."""
         times: list[list[float]] = [[] for _ in functions]
-        for repeat in range(self.sizes.repeats + 2):
+        rest_until_all(self.launch)  # what a rank that rests has begun on its device is done
+        for repeat in range(self.sizes.repeats + 2 if self.measures else 0):
             for function, its in zip(functions, times, strict=True):
-                barrier(self.launch.comm)
+                barrier(self.comm)
                 self._wait()
                 begin = time.perf_counter()
                 function()
                 self._wait()
                 if repeat >= 2:
                     its.append(time.perf_counter() - begin)
-        medians = [statistics.median(its) for its in times]
-        spread = max((max(its) - min(its)) / middle for its, middle in zip(times, medians, strict=True))
-        answers = allgather_objects(self.launch.comm, (medians, spread))
-        self.spread = max(self.spread, *(spread for _, spread in answers))
-        return [max(of_function) for of_function in zip(*(its for its, _ in answers), strict=True)]
+        rest_until_all(self.launch)
+        answers = [its for its in allgather_objects(self.launch.comm, times) if its[0]]
+        for its in (its for of_rank in answers for its in of_rank):
+            self.spread = max(self.spread, (max(its) - min(its)) / statistics.median(its))
+        return [max(map(statistics.median, of_function)) for of_function in zip(*answers, strict=True)]
 
     def _wait(self) -> None:
         if self.on_gpu:
@@ -242,6 +255,7 @@ class _Bench:
         config = LongNetConfig(layers=1, embed_dim=embed_dim, heads=embed_dim // head_dim)
         block = Block(config, 0).to(self.device)
         if self.compute.compiles:
+            torch.compiler.reset()  # torch keeps so many graphs of one code, and each width has its own
             block.compile(fullgraph=True, dynamic=False)
         rotation = self._rotation(tokens, head_dim)
         plan = _NoAttention()

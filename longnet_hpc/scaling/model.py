@@ -30,7 +30,7 @@ _BUCKET_BYTES = 1 << 26
 NEXT_MESSAGE = 0.2
 """What each further message of an exchange costs, as a part of the latency of a link, which is that of a whole exchange
 of one message: others are posted while that is under way. MPI posts a million messages a second or so."""
-_PLACES_COUNTED = 1 << 8
+_PLACES_COUNTED = 1 << 11
 """About how many ranks and chunks of a stream are counted one by one; beyond, evenly spaced chunks stand for all."""
 
 
