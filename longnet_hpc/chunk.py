@@ -6,13 +6,24 @@ first pieces, and one that goes on in a later chunk leaves rows for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from longnet_hpc.config import LongNetConfig
 from longnet_hpc.partition import Partition, Run
 from longnet_hpc.pattern import Branch, Pattern
 
-__all__ = ["Chunk", "carried_bytes", "kept_rows", "wide_branches"]
+__all__ = ["SHORTEST_CHUNK", "Chunk", "carried_bytes", "chunk_bounds", "chunk_that_fits", "kept_rows", "wide_branches"]
+
+SHORTEST_CHUNK, _LONGEST_CHUNK = 1 << 15, 1 << 22
+"""Tokens of a rank, where nobody chooses: shorter chunks do not fill a GPU, longer ones gain nothing."""
+_BYTES_COMPUTED, _BYTES_TRAINED, _BYTES_BACKWARD = 26, 40, 60
+"""Roughly what a chunk needs a token and feature: to be computed, and to be differentiated a layer and besides."""
+_PARAMETER, _PARAMETER_TRAINED = 6, 18
+"""Bytes of a parameter: float32 and half precision; in training, two moments and the gradient besides."""
+_MEMORY_SHARE = 0.7
+"""Of the memory of a device that all this may take, by that rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,36 @@ class Chunk:
                 yield index, self.partition.start // branch.segment_length
 
 
+def chunk_bounds(seq_len: int, chunk_len: int) -> list[int]:
+    """Return the positions at which a sequence is cut into chunks of ``chunk_len`` tokens, its ends included.
+
+    A rest of more than half a chunk is cut in two: graphs are made for whole chunks only, and computed without them a
+    token needs nearly twice the memory.
+    """
+    bounds = [*range(0, seq_len, chunk_len), seq_len]
+    if len(bounds) > 2 and chunk_len < 2 * (seq_len - bounds[-2]) < 2 * chunk_len:
+        bounds.insert(-1, bounds[-2] + chunk_len // 2)
+    return bounds
+
+
+def chunk_that_fits(model: LongNetConfig, memory_bytes: float, *, training: bool) -> int:
+    """Return how many tokens of a chunk a rank on a GPU is given where nobody chooses: a power of two.
+
+    Parameters
+    ----------
+    model : LongNetConfig
+        What computes them.
+    memory_bytes : float
+        That the rank has of its GPU, in bytes.
+    training : bool
+        Whether there is a backward pass.
+    """
+    left = _MEMORY_SHARE * memory_bytes - model.parameter_count * (_PARAMETER_TRAINED if training else _PARAMETER)
+    size = model.embed_dim * (_BYTES_TRAINED * model.layers + _BYTES_BACKWARD if training else _BYTES_COMPUTED)
+    fitting: int = 1 << int(math.log2(max(1.0, left / size)))
+    return max(SHORTEST_CHUNK, min(_LONGEST_CHUNK, fitting))
+
+
 def kept_rows(branch: Branch, seq_len: int) -> int:
     """Return the most rows that a head has on its grid in one segment of a sequence."""
     return -(-min(branch.segment_length, seq_len) // branch.dilation_rate)
@@ -77,7 +118,7 @@ def wide_branches(pattern: Pattern, chunk_len: int, seq_len: int) -> tuple[int, 
     return tuple(
         index
         for index, branch in enumerate(pattern)
-        if chunk_len < seq_len and any(stop % branch.segment_length for stop in range(chunk_len, seq_len, chunk_len))
+        if chunk_len < seq_len and any(stop % branch.segment_length for stop in chunk_bounds(seq_len, chunk_len)[1:-1])
     )
 
 

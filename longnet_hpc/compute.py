@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import resource
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from longnet_hpc.attention import choose_backend
+from longnet_hpc.chunk import SHORTEST_CHUNK, chunk_that_fits
 from longnet_hpc.comm import allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import ComputeConfig, LongNetConfig
@@ -22,9 +22,6 @@ from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.stream import SequenceStream
 
 __all__ = ["Compute", "memory_there"]
-
-_BYTES_COMPUTED, _BYTES_TRAINED = 26, 40
-"""Roughly what a chunk needs a token and feature: to be computed, and a layer to be differentiated."""
 
 
 class Compute:
@@ -124,12 +121,11 @@ class Compute:
 
         Collective: the rank with the least memory decides.
         """
-        at_once = 1 << 15
+        at_once = SHORTEST_CHUNK
         if self.device.type == "cuda":
             ranks_of_it = -(-self._launch.node_size // torch.cuda.device_count())
             share = torch.cuda.get_device_properties(self.device).total_memory / ranks_of_it
-            size = self._model.embed_dim * (_BYTES_TRAINED * self._model.layers + 60 if training else _BYTES_COMPUTED)
-            at_once = 1 << max(15, min(22, int(math.log2(0.7 * share / size))))
+            at_once = chunk_that_fits(self._model, share, training=training)
         return min(seq_len, min(allgather_objects(self._launch.comm, at_once)) * self._launch.size)
 
     def eagerly(self, wanted: bool) -> AbstractContextManager[object]:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from longnet_hpc.chunk import chunk_bounds
 from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import EvalConfig
@@ -27,7 +28,7 @@ from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, read_records
 from longnet_hpc.stopping import StopRequest
-from longnet_hpc.sweep import chunk_bounds, slice_of_chunk
+from longnet_hpc.sweep import slice_of_chunk
 from longnet_hpc.trace import span
 
 __all__ = ["CHUNKS_NAME", "STATE_NAME", "Streamed", "sum_stream"]
@@ -132,7 +133,7 @@ class _Evaluation:
         """Do all chunks that are left."""
         launch, compute, first_token = self.launch, self.subject.compute, self.stream.position
         bounds = chunk_bounds(self.seq_len, self.chunk_len)
-        done, total = first_token // self.chunk_len, len(bounds) - 1
+        done, total = bounds.index(first_token), len(bounds) - 1
         slices = [slice_of_chunk(range(*ends), launch.rank, launch.size) for ends in pairwise(bounds)][done:]
         if launch.rank == 0:
             logging.getLogger("longnet_hpc").info(

@@ -18,15 +18,10 @@ from longnet_hpc.trace import span
 if TYPE_CHECKING:
     from longnet_hpc.model import LongNet
 
-__all__ = ["GradientSweep", "chunk_bounds", "slice_of_chunk"]
+__all__ = ["GradientSweep", "slice_of_chunk"]
 
 Read = Callable[[range], tuple[torch.Tensor, torch.Tensor]]
 """Returns tokens and targets of a slice of the sequence, ``(batch, len(slice))`` each, on the device."""
-
-
-def chunk_bounds(seq_len: int, chunk_len: int) -> list[int]:
-    """Return the positions at which a sequence is cut into chunks of ``chunk_len`` tokens, its ends included."""
-    return [*range(0, seq_len, chunk_len), seq_len]
 
 
 def slice_of_chunk(chunk: range, rank: int, size: int) -> range:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from longnet_hpc.carry import Carry
 from longnet_hpc.carry_store import RowStore
-from longnet_hpc.chunk import carried_bytes
+from longnet_hpc.chunk import carried_bytes, chunk_bounds
 from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects
 from longnet_hpc.data.chunk_reader import ChunkReader
 from longnet_hpc.errors import CheckpointError, StoppedError
@@ -25,7 +25,7 @@ from longnet_hpc.host_memory import free_host_memory
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record
 from longnet_hpc.stopping import StopRequest
-from longnet_hpc.sweep import GradientSweep, chunk_bounds
+from longnet_hpc.sweep import GradientSweep
 from longnet_hpc.trace import span
 from longnet_hpc.trainer import Trainer
 

@@ -10,12 +10,13 @@ from test_model import tokens
 from test_stream import chunked_cases, model_of, stream_of
 
 from longnet_hpc.carry_store import RowStore
+from longnet_hpc.chunk import chunk_bounds
 from longnet_hpc.partition import Partition
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import load_machine
 from longnet_hpc.scaling.model import forecast
 from longnet_hpc.sequence_plan import SequencePlan
-from longnet_hpc.sweep import GradientSweep, chunk_bounds, slice_of_chunk
+from longnet_hpc.sweep import GradientSweep, slice_of_chunk
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

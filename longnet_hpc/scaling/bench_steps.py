@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longnet_hpc.chunk import chunk_bounds
 from longnet_hpc.comm import all_reduce_sum, allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
@@ -20,7 +21,7 @@ from longnet_hpc.pattern import Pattern
 from longnet_hpc.scaling.config import BenchConfig
 from longnet_hpc.scaling.overlap import Overlap
 from longnet_hpc.scaling.rounds import Rounds
-from longnet_hpc.sweep import chunk_bounds, slice_of_chunk
+from longnet_hpc.sweep import slice_of_chunk
 from longnet_hpc.trace import span
 
 __all__ = ["Steps", "StepsPoint", "point_model", "tolerance"]

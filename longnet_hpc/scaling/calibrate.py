@@ -226,7 +226,7 @@ class _Bench:
         self.spread = 0.0
 
     def seconds(self, *functions: Callable[[], object]) -> list[float]:
-        """Return the median time of each function, on the measuring rank where it is longest; they take turns. Collective."""
+        """Return the median time of each function, on the rank where that is longest; they take turns. Collective."""
         times: list[list[float]] = [[] for _ in functions]
         rest_until_all(self.launch)  # what a rank that rests has begun on its device is done
         for repeat in range(self.sizes.repeats + 2 if self.measures else 0):

@@ -8,7 +8,7 @@ from longnet_hpc.chunk import carried_bytes, kept_rows, wide_branches
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Machine
 
-__all__ = ["Memory", "chunk_that_fits", "memory_of_rank"]
+__all__ = ["Memory", "memory_of_rank"]
 
 _UPDATE_BYTES = 8
 """Per parameter, while weights are updated: the flat gradient of this rank, and the sum over ranks."""
@@ -129,13 +129,3 @@ def _bytes_per_feature(config: PlanConfig, machine: Machine) -> float:
     residual = 2.0 if half and config.half_residual else 4.0
     kept = residual + (machine.itemsize + 4 / model.head_dim if config.keep_attention else 0.0)
     return kept * model.layers + block + (0.0 if half else per.backward)
-
-
-def chunk_that_fits(config: PlanConfig, machine: Machine, capacity: int, ranks: int) -> int:
-    """Return the longest chunk that ranks have memory for, in tokens of each: a power of two, from 32,768 on."""
-    chunk = 1 << 15
-    while chunk < 1 << 22:
-        if memory_of_rank(config, machine, 2 * chunk, 0, 2 * chunk * ranks).total >= 0.85 * capacity:
-            break
-        chunk *= 2
-    return chunk

@@ -14,13 +14,14 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from longnet_hpc.chunk import SHORTEST_CHUNK, chunk_bounds, chunk_that_fits
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Link, Machine
-from longnet_hpc.scaling.memory import Memory, chunk_that_fits, memory_of_rank
+from longnet_hpc.scaling.memory import Memory, memory_of_rank
 from longnet_hpc.scaling.work import AttentionWork, attention_work, ranks_to_look_at
 
 __all__ = ["NEXT_MESSAGE", "Forecast", "LayerSeconds", "forecast", "head_seconds", "layer_seconds"]
@@ -136,7 +137,8 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
     capacity = int(machine.memory_bytes / share)
     at_once = config.seq_len
     if config.stream:
-        at_once = min(at_once, config.chunk_len or ranks * chunk_that_fits(config, machine, capacity, ranks))
+        of_rank = SHORTEST_CHUNK if machine.device == "cpu" else chunk_that_fits(model, capacity, training=training)
+        at_once = min(at_once, config.chunk_len or ranks * of_rank)  # as `Compute.longest_chunk` chooses
         if at_once < ranks:
             raise ConfigError(f"chunk_len must be at least the number of ranks, {ranks}, got {at_once}")
     heads = model.heads, model.kv_heads or model.heads
@@ -199,11 +201,12 @@ class _Passes:
 
     @classmethod
     def of(cls, config: PlanConfig, at_once: int) -> _Passes:
-        chunks = -(-config.seq_len // at_once)
+        bounds = chunk_bounds(config.seq_len, at_once)
+        chunks = len(bounds) - 1
         if config.task == "eval":
             return cls(1, 1, 1, 0, chunks)
-        last = (chunks - 1) * at_once  # start of the chunk that a stream omits on its way there
-        sweeps, again = 1 + last / config.seq_len, int(config.activation_checkpointing)
+        omitted = bounds[-2]  # start of the chunk that a stream omits on its way there
+        sweeps, again = 1 + omitted / config.seq_len, int(config.activation_checkpointing)
         return cls(sweeps, sweeps + (again and not config.keep_attention), sweeps + again, 1, chunks)
 
 
@@ -212,14 +215,14 @@ def _work(
     pattern: Pattern, heads: int, kv_heads: int, seq_len: int, at_once: int, ranks: int, per_node: int, rank: int
 ) -> AttentionWork:
     """Return what a rank does in attention, over all chunks of a sequence."""
-    starts = range(0, seq_len, at_once)
+    chunks = [range(*ends) for ends in pairwise(chunk_bounds(seq_len, at_once))]
     most = max(8, _PLACES_COUNTED // min(ranks, 64))
-    counted = starts[:: -(-len(starts) // most) | 1]  # odd, so that segments, often of powers of two, take turns
+    counted = chunks[:: -(-len(chunks) // most) | 1]  # odd, so that segments, often of powers of two, take turns
     total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0, 0)
-    for start in counted:
-        slices = _slices(start, min(at_once, seq_len - start), ranks)
+    for chunk in counted:
+        slices = _slices(chunk.start, len(chunk), ranks)
         total += attention_work(pattern, slices, rank, heads, kv_heads, ranks_per_node=per_node, seq_len=seq_len)
-    return total if len(counted) == len(starts) else total.times(len(starts), len(counted))
+    return total if len(counted) == len(chunks) else total.times(len(chunks), len(counted))
 
 
 @lru_cache(1 << 8)
@@ -239,7 +242,7 @@ def _bytes_received(
         rows += work.sent + again * work.received
         rows += work.left * 4 // machine.itemsize  # gradients summed over ranks and chunks, in float32
         if config.stream:  # the last chunk is not computed on the way there
-            start = (config.seq_len - 1) // at_once * at_once
+            start = chunk_bounds(config.seq_len, at_once)[-2]
             last = _slices(start, config.seq_len - start, ranks)
             heads = model.heads, model.kv_heads or model.heads
             rows += work.received - attention_work(model.pattern, last, rank, *heads).received
