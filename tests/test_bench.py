@@ -79,7 +79,7 @@ def test_points_of_each_sweep():
         assert points(2, "tokens", sweep=sweep, tokens=16384, ranks=(1,)) == [(8192,), (16384,)]
         assert points(1, "tokens", sweep=sweep, tokens=100) == [(100,)]
     exchanges = points(4, "ranks", "operation", "transport", "bytes", sweep="exchange", max_bytes=20000)
-    operations = ("rows", "rows_back", "allgather", "alltoall", "sum")
+    operations = ["rows", "rows_back", "allgather", "alltoall", "sum", "mpi_allgather", "mpi_alltoall", "copy"]
     assert exchanges == list(product((2, 4), operations, ("host",), (1024, 4096, 16384)))
 
 

@@ -142,7 +142,7 @@ def damage(monkeypatch, method, here):
 
 def test_exchanges_deliver_what_was_sent_and_count_its_bytes(comm, shared_tmp_path):
     records = run(comm, shared_tmp_path, sweep="exchange", max_bytes=5000, warmup=0)
-    operations = ("rows", "rows_back", "allgather", "alltoall", "sum")
+    operations = ["rows", "rows_back", "allgather", "alltoall", "sum", "mpi_allgather", "mpi_alltoall", "copy"]
     points = [record["what"]["config"]["point"] for record in records]
     assert points == [
         {"ranks": count, "operation": operation, "transport": "host", "bytes": size}
@@ -158,6 +158,9 @@ def test_exchanges_deliver_what_was_sent_and_count_its_bytes(comm, shared_tmp_pa
             "allgather": (ranks - 1) * size,
             "alltoall": ranks * (-(-size // 256 // ranks) * 256),
             "sum": ranks * 4 * -(-size // 4 // ranks) + size,
+            "mpi_allgather": (ranks - 1) * size,
+            "mpi_alltoall": (ranks - 1) * (size // 256 // ranks) * 256,
+            "copy": size,
         }
         assert results["bytes_received"] == most[point["operation"]]
         assert results["bytes_per_second"] == pytest.approx(most[point["operation"]] / results["seconds"])

@@ -1,4 +1,7 @@
-"""Messages of growing size by the exchanges that attention and gradients are made of, on the host and from GPUs."""
+"""Messages of growing size by the exchanges that attention and gradients are made of, on the host and from GPUs.
+
+Beside them stand MPI's own collectives with the same bytes, and a copy in memory, which no exchange can be faster than.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from longnet_hpc.scaling.rounds import Rounds, median_interval
 
 __all__ = ["ExchangePoint", "exchange_points"]
 
+_OURS = ("rows", "rows_back", "allgather", "alltoall", "sum")
+_OTHERS = ("mpi_allgather", "mpi_alltoall", "copy")
 _SMALLEST_BYTES, _FACTOR = 1 << 10, 4
 _ROW_BYTES = 256
 """Keys of one token and head of 64 features in float32, for example."""
@@ -31,7 +36,8 @@ def exchange_points(counts: Sequence[int], max_bytes: int, launch: Launch) -> li
     """Return the points of the sweep: numbers of ranks, operations, ways to travel, sizes.
 
     ``bytes`` are those that a rank offers to others (rows, allgather), sends in all (alltoall), gives back as gradients
-    to each other rank (rows_back), or sums (sum).
+    to each other rank (rows_back), or sums (sum). mpi_allgather and mpi_alltoall are MPI's own, and copy is by the
+    first rank alone, to another GPU if there is one.
     """
     transports = ["host"]
     if launch.transport is not None:
@@ -42,9 +48,10 @@ def exchange_points(counts: Sequence[int], max_bytes: int, launch: Launch) -> li
     return [
         {"ranks": count, "operation": operation, "transport": transport, "bytes": size}
         for count in counts
-        for operation in ("rows", "rows_back", "allgather", "alltoall", "sum")
+        for operation in (*_OURS, *_OTHERS)
         for transport in transports
         for size in sizes
+        if not (operation in _OTHERS and transport == "staged")
     ]
 
 
@@ -82,8 +89,12 @@ class ExchangePoint:
         mine = self._rows(launch.rank, offered)
         self._operation: Operation
         self._received_bytes = sum(receive) * _ROW_BYTES
-        self._expected = self._expected_rows
-        if point["operation"] == "sum":
+        self._expected: Operation = self._expected_rows
+        if point["operation"] == "copy":
+            self._set_copy(mine)
+        elif point["operation"] in _OTHERS:
+            self._set_collective(point["operation"], mine)
+        elif point["operation"] == "sum":
             self._operation = lambda: all_reduce_sum(launch.comm, mine)
             # Its part from each, itself included, and then the sums of all.
             own = count * _ROW_BYTES // 4 * (launch.rank + 1) // launch.size
@@ -97,6 +108,40 @@ class ExchangePoint:
             self._expected = self._expected_gradient
         else:
             self._operation = lambda: gather.start(mine).finish()
+
+    def _set_copy(self, mine: torch.Tensor) -> None:
+        """Let the first rank copy, and the others do nothing."""
+        if self._rank:
+            self._operation = self._expected = lambda: mine
+            self._received_bytes = 0
+            return
+        arrived = torch.empty_like(mine, device=_neighbour(mine.device))
+        self._operation = lambda: arrived.copy_(mine)
+        self._expected = lambda: mine.to(arrived.device)
+        self._received_bytes = mine.nbytes
+
+    def _set_collective(self, operation: str, mine: torch.Tensor) -> None:
+        """Let the operation be one of MPI's own, from tensors to tensors where they are."""
+        comm, size, rank = self._launch.comm, self._size, self._rank
+        assert comm is not None
+        gathers = operation == "mpi_allgather"
+        given = mine if gathers else mine[: len(mine) // size * size]
+        arrived = given.new_empty((size if gathers else 1) * len(given), given.shape[1])
+        self._received_bytes = arrived.nbytes // size * (size - 1)
+        call = comm.Allgather if gathers else comm.Alltoall
+
+        def exchange() -> torch.Tensor:
+            if mine.is_cuda:
+                torch.cuda.current_stream(mine.device).synchronize()  # MPI knows nothing of streams
+            call(_buffer(given), _buffer(arrived))
+            return arrived
+
+        def expected() -> torch.Tensor:
+            everything = [self._rows(other, self._count)[: len(given)] for other in range(size)]
+            part = len(given) // size
+            return torch.cat(everything if gathers else [rows[rank * part :][:part] for rows in everything])
+
+        self._operation, self._expected = exchange, expected
 
     def take(self, *, timed: bool) -> None:
         """Do a round. Collective over the ranks of the point."""
@@ -146,3 +191,14 @@ class ExchangePoint:
             starts = [0, *accumulate([self._count] * rank)]
             total += self._rows(rank, rank * self._count)[starts[self._rank] : starts[self._rank + 1]]
         return total
+
+
+def _buffer(data: torch.Tensor) -> Any:
+    """Return what mpi4py takes for a tensor: a GPU's as it is, which tells its address, the host's as an array."""
+    return data if data.is_cuda else data.numpy()
+
+
+def _neighbour(device: torch.device) -> torch.device:
+    """Return another GPU of the node, if there is one; else the same device, for a copy within its memory."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    return torch.device("cuda", ((device.index or 0) + 1) % count) if count > 1 else device
