@@ -37,7 +37,7 @@ class SpanExchange:
     layout : SpanLayout
         Who sends what, in rows.
     comm : mpi4py.MPI.Comm
-        The ranks of the segment, in order.
+        The ranks of the segment, in order; for exchanges alone.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class SpanExchange:
         self.gather = RowGather(comm, layout.send_counts, layout.send_starts, layout.recv_counts)
 
     def start(self, k: torch.Tensor, v: torch.Tensor) -> Pending:
-        """Start gathering the rows that this rank needs. Collective over the segment's ranks.
+        """Start gathering the rows that this rank needs, once its own are packed. Collective over the segment's ranks.
 
         Parameters
         ----------
@@ -61,7 +61,7 @@ class SpanExchange:
         for grid, block in self._offered(send):
             for part, x in enumerate((k, v)):
                 block[:, :, part].copy_(grid_view(x, grid).squeeze(1).permute(2, 1, 0, 3))
-        return self.gather.start(send.flatten(1))
+        return self.gather.start(send.flatten(1), when_ready=True)
 
     def offered_shape(self, k: torch.Tensor) -> tuple[int, int, int, int]:
         """Return the shape of what `start` sends parts of: ``(rows, 2, batch, head_dim)``."""
@@ -100,7 +100,7 @@ class SpanExchange:
             for part, grad in enumerate(row_grads[offset]):
                 block[:, :, part].copy_(grad[:, rows].permute(1, 2, 0, 3))
             position[offset] = rows.stop
-        return self.gather.start_adjoint(send.flatten(1))
+        return self.gather.start_adjoint(send.flatten(1), when_ready=True)
 
     def finish_adjoint(self, pending: Pending, k: torch.Tensor, dk: GradientCollector, dv: GradientCollector) -> None:
         """Wait for `start_adjoint`; add what came back, in rank order, onto the gradients of k and v."""

@@ -124,8 +124,8 @@ def damage(monkeypatch, method, here):
     """Change what this rank receives, if it is the one."""
     start = getattr(RowGather, method)
 
-    def damaged(self, rows):
-        pending = start(self, rows)
+    def damaged(self, rows, **options):
+        pending = start(self, rows, **options)
         finish = pending.finish
 
         def finish_damaged():

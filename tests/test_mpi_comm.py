@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,6 +124,70 @@ def test_buffers_of_an_exchange_that_nobody_finishes_stay(comm):
     (kept,) = [pending for pending in buffers.Pending._in_flight if id(pending) == abandoned]
     kept.finish()
     assert not buffers.Pending._in_flight
+
+
+class Kernels:
+    """Stands for a GPU whose kernels are done when a test says so."""
+
+    def __init__(self, done=False):
+        self.done = done
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+def start_when_ready(comm, rows):
+    counts, starts = [len(rows)] * comm.size, [0] * comm.size
+    return buffers.start_alltoallv(comm, rows, counts, starts, counts, when_ready=True)
+
+
+def received_of(comm, rows_of):
+    return torch.cat([rows_of(rank) for rank in range(comm.size)])
+
+
+def test_exchanges_start_when_ready_in_the_order_in_which_they_were_made(comm, monkeypatch):
+    kernels = [Kernels(), Kernels(done=True)]
+    events = iter(kernels)
+    monkeypatch.setattr(buffers, "_reached", lambda device: next(events, None))
+    first, second = (start_when_ready(comm, torch.full((3, 2), 10.0 * comm.rank + number)) for number in range(2))
+    assert not second.test()
+    assert first._request is second._request is None
+    kernels[0].done = True
+    second.test()
+    assert None not in (first._request, second._request)
+    for number, pending in enumerate((first, second)):
+        expected = received_of(comm, lambda rank, number=number: torch.full((3, 2), 10.0 * rank + number))
+        assert torch.equal(pending.finish(), expected)
+
+
+def test_finish_starts_all_exchanges_so_that_no_rank_waits_for_one_that_is_not_begun(comm, monkeypatch):
+    monkeypatch.setattr(buffers, "_reached", lambda device: Kernels(done=comm.rank % 2 == 0))
+    flights = [start_when_ready(comm, torch.full((2, 1), float(number + comm.rank))) for number in range(3)]
+    for number in (range(3), reversed(range(3)))[comm.rank % 2]:
+        expected = received_of(comm, lambda rank, number=number: torch.full((2, 1), float(number + rank)))
+        assert torch.equal(flights[number].finish(), expected)
+
+
+def test_waiting_counts_from_when_the_device_has_nothing_to_do(comm, monkeypatch):
+    pace = {}
+
+    class Busy(Kernels):
+        def query(self):
+            pace.setdefault("until", time.perf_counter() + 0.2)
+            return time.perf_counter() > pace["until"]
+
+    pending = start_when_ready(comm, torch.ones(1, 1)) if comm.rank else None
+    if pending is None:  # comes late: the others are busy for 0.2 s of the 0.4 s that they wait
+        time.sleep(0.4)
+        start_when_ready(comm, torch.ones(1, 1)).finish()
+    else:
+        monkeypatch.setattr(buffers, "_reached", lambda device: Busy())
+        pending.finish()
+        assert 0.02 < pending.seconds_waited < 0.35
+    comm.Barrier()
 
 
 def test_fact_that_differs_is_named_on_all_ranks(comm):

@@ -8,6 +8,8 @@ makes every dtype alike and keeps counts far below 2**31.
 from __future__ import annotations
 
 import time
+from collections import deque
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +20,11 @@ from longnet_hpc.errors import ShapeError
 from longnet_hpc.trace import span, transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpi4py import MPI
+
+    from longnet_hpc.trace import Transfer
 
 __all__ = ["MAX_COUNT", "Pending", "start_alltoallv"]
 
@@ -29,20 +33,20 @@ MAX_COUNT = 2**31 - 1
 
 
 class Pending:
-    """An exchange in flight; owns its buffers until it is finished.
+    """An exchange in flight, or about to be; owns its buffers until it is finished.
 
     Parameters
     ----------
-    request : mpi4py.MPI.Request
-        The non-blocking collective.
+    begin : callable
+        Hands the buffers to MPI and returns the request of a non-blocking collective.
     sendbuf, recvbuf : torch.Tensor
         What MPI reads and writes: the tensors themselves, or their copies in pinned host memory.
     device : torch.device
         Where the result belongs.
+    ready : torch.cuda.Event, optional
+        When a GPU has made what is to be sent, and nothing uses the memory of what is to be received any more.
     what : str
         What is sent, for traces.
-    seconds : float
-        What the start took.
 
     Attributes
     ----------
@@ -51,37 +55,42 @@ class Pending:
     seconds_tested : float
         Seconds that the start and `test` spent in MPI, driving the exchange between kernels.
     seconds_waited : float
-        Seconds that `finish` found nothing better to do than wait. On a GPU it may have been computing meanwhile, since
-        the host runs ahead of it.
+        Seconds that the device had nothing to do while `finish` waited.
     """
 
     _in_flight: ClassVar[set[Pending]] = set()
     """Keeps the buffers of an exchange that nobody finished, since MPI still writes to them."""
+    _to_start: ClassVar[deque[Pending]] = deque()
+    """Exchanges that are not ready, in the order in which all ranks made them: in that order they are started."""
 
     def __init__(
         self,
-        request: MPI.Request,
+        begin: Callable[[], MPI.Request],
         sendbuf: torch.Tensor,
         recvbuf: torch.Tensor,
         device: torch.device,
+        ready: torch.cuda.Event | None,
         what: str,
-        seconds: float,
     ) -> None:
-        self._request = request
+        self._begin = begin
+        self._request: MPI.Request | None = None
         self._complete = False
-        self._transfer = transfer(what)
+        self._transfer: Transfer | None = None
         self._what = what
         self._sendbuf: torch.Tensor | None = sendbuf
         self._recvbuf = recvbuf
         self._device = device
-        self.seconds_tested = seconds
+        self._ready = ready
+        self.seconds_tested = 0.0
         self.seconds_waited = 0.0
         self.bytes_received = recvbuf.numel() * recvbuf.element_size()
         self._in_flight.add(self)
+        self._to_start.append(self)
 
     def test(self) -> bool:
-        """Let MPI make progress; return whether the exchange is complete."""
-        if not self._complete:  # else the call, out of cache after a kernel, would take 10 microseconds for nothing
+        """Start what is ready, let MPI make progress; return whether the exchange is complete."""
+        self.start_ready()
+        if self._request is not None and not self._complete:  # the call, out of cache after a kernel, takes 10 us
             started = time.perf_counter()
             self._complete = bool(self._request.Test())
             self.seconds_tested += time.perf_counter() - started
@@ -91,18 +100,57 @@ class Pending:
         return self._complete
 
     def finish(self) -> torch.Tensor:
-        """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device."""
-        started = time.perf_counter()
-        if self._transfer is None:
-            self._request.Wait()
-        else:
-            with span("wait", self._what):
-                self._request.Wait()
+        """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device.
+
+        All exchanges that were made before are started first: other ranks may need them to come this far.
+        """
+        last_kernel = _reached(self._device)
+        while self._to_start:
+            first = self._to_start.popleft()
+            if first._ready is not None:
+                first._ready.synchronize()
+            first._start()
+        request = self._request
+        assert request is not None
+        with nullcontext() if self._transfer is None else span("wait", self._what):
+            self.seconds_waited = _wait(request, last_kernel)
+        if self._transfer is not None:
             self._transfer.end()
-        self.seconds_waited = time.perf_counter() - started
         self._sendbuf = None
         self._in_flight.discard(self)
         return self._recvbuf.to(self._device, non_blocking=True)
+
+    @classmethod
+    def start_ready(cls) -> None:
+        """Start the exchanges that are ready, up to the first that is not."""
+        while cls._to_start and cls._to_start[0]._is_ready():
+            cls._to_start.popleft()._start()
+
+    def _is_ready(self) -> bool:
+        return self._ready is None or self._ready.query()
+
+    def _start(self) -> None:
+        self._transfer = transfer(self._what)
+        started = time.perf_counter()
+        self._request = self._begin()
+        self.seconds_tested += time.perf_counter() - started
+
+
+def _reached(device: torch.device) -> torch.cuda.Event | None:
+    """Return when a GPU has done all that it was given so far; None for the CPU, which has."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def _wait(request: MPI.Request, last_kernel: torch.cuda.Event | None) -> float:
+    """Wait for a request; return the seconds that passed after the last kernel that the device was given."""
+    idle_since = time.perf_counter() if last_kernel is None else None
+    if last_kernel is None:
+        request.Wait()
+    else:
+        while not request.Test():
+            if idle_since is None and last_kernel.query():
+                idle_since = time.perf_counter()
+    return 0.0 if idle_since is None else time.perf_counter() - idle_since
 
 
 def start_alltoallv(
@@ -113,6 +161,7 @@ def start_alltoallv(
     recv_counts: Sequence[int],
     *,
     what: str = "rows",
+    when_ready: bool = False,
 ) -> Pending:
     """Start sending rows of one tensor to every rank and receiving theirs.
 
@@ -128,6 +177,9 @@ def start_alltoallv(
         How many rows come from each rank; they arrive in rank order.
     what : str
         What they are, for traces.
+    when_ready : bool
+        Return before a GPU has made the rows, so that it can be given more to do meanwhile; `Pending.test` and
+        `Pending.finish` start the exchange later. Between all such on one communicator, nothing else may use it.
 
     Returns
     -------
@@ -158,18 +210,23 @@ def start_alltoallv(
     )
     if staged:
         send = torch.empty(send.shape, dtype=send.dtype, pin_memory=True).copy_(send, non_blocking=True)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    row = MPI.BYTE.Create_contiguous(send.shape[1] * send.element_size()).Commit()
-    recv_starts = [0, *accumulate(recv_counts)][:-1]
-    started = time.perf_counter()
-    request = comm.Ialltoallv(
-        [_as_bytes(send), (list(send_counts), list(send_starts)), row],
-        [_as_bytes(recv), (list(recv_counts), recv_starts), row],
-    )
-    seconds = time.perf_counter() - started
-    row.Free()  # MPI keeps it until the exchange is complete
-    return Pending(request, send, recv, device, what, seconds)
+    ready = _reached(device)
+
+    def begin() -> MPI.Request:
+        row = MPI.BYTE.Create_contiguous(send.shape[1] * send.element_size()).Commit()
+        recv_starts = [0, *accumulate(recv_counts)][:-1]
+        request = comm.Ialltoallv(
+            [_as_bytes(send), (list(send_counts), list(send_starts)), row],
+            [_as_bytes(recv), (list(recv_counts), recv_starts), row],
+        )
+        row.Free()  # MPI keeps it until the exchange is complete
+        return request
+
+    pending = Pending(begin, send, recv, device, ready, what)
+    if not when_ready and ready is not None:
+        ready.synchronize()
+    Pending.start_ready()
+    return pending
 
 
 def _as_bytes(tensor: torch.Tensor) -> Any:

@@ -47,20 +47,24 @@ class RowGather:
         self.send_starts = tuple(send_starts)
         self.recv_counts = tuple(recv_counts)
 
-    def start(self, offered: torch.Tensor) -> Pending:
-        """Start the exchange of ``offered``, shape ``(rows, width)``. Collective.
+    def start(self, offered: torch.Tensor, *, when_ready: bool = False) -> Pending:
+        """Start the exchange of ``offered``, shape ``(rows, width)``, or soon, as `start_alltoallv` does. Collective.
 
         Finishing gives shape ``(sum(recv_counts), width)``, the received blocks in rank order.
         """
         return start_alltoallv(
-            self.comm, offered, self.send_counts, self.send_starts, self.recv_counts, what="keys and values"
+            *(self.comm, offered, self.send_counts, self.send_starts, self.recv_counts),
+            what="keys and values",
+            when_ready=when_ready,
         )
 
-    def start_adjoint(self, received_grad: torch.Tensor) -> Pending:
+    def start_adjoint(self, received_grad: torch.Tensor, *, when_ready: bool = False) -> Pending:
         """Start sending gradients of received rows, ``(sum(recv_counts), width)``, back to their owners. Collective."""
         starts = [0, *accumulate(self.recv_counts)][:-1]
         return start_alltoallv(
-            self.comm, received_grad, self.recv_counts, starts, self.send_counts, what="gradients of keys and values"
+            *(self.comm, received_grad, self.recv_counts, starts, self.send_counts),
+            what="gradients of keys and values",
+            when_ready=when_ready,
         )
 
     def finish_adjoint(self, pending: Pending, offered_grad: torch.Tensor) -> torch.Tensor:

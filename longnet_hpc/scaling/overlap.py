@@ -58,25 +58,27 @@ class Overlap:
 
     def __init__(self, rounds: Rounds, plan: SequencePlan) -> None:
         self._rounds, self._plan = rounds, plan
-        self._counted: list[tuple[float, int]] = []
+        self._counted: list[tuple[float, float, int]] = []
 
     def take(self, work: Callable[[], object], *, timed: bool) -> None:
         """Do a round. Collective over the ranks of the point."""
         plan = self._plan
-        driven, received = plan.seconds_tested, plan.bytes_received
+        driven, waited, received = plan.seconds_tested, plan.seconds_waited, plan.bytes_received
         self._rounds.take(work, timed=timed)
         if timed:
-            self._counted.append((plan.seconds_tested - driven, plan.bytes_received - received))
+            self._counted.append(
+                (plan.seconds_tested - driven, plan.seconds_waited - waited, plan.bytes_received - received)
+            )
 
     def results(
         self, model: LongNetConfig, x: torch.Tensor, *, layers: int, training: bool, slowest_rank: int
     ) -> dict[str, Any]:
         """Return what records say of exchanges, the same on all ranks. Collective over the ranks of the point.
 
-        What the slowest rank spent in MPI to start and drive them, and waited for them in the end, is compared with
-        what they take alone, on whichever rank that is most. What it spared is ``hidden_fraction``, as in OSU's
-        benchmarks of overlap; a GPU goes on computing while the host drives them. Ranks with less to do wait longer,
-        which is not the exchange's fault.
+        What the slowest rank spent in MPI to start and drive them, and waited for them with nothing to compute, is
+        compared with what they take alone, on whichever rank that is most. What it spared is ``hidden_fraction``, as in
+        OSU's benchmarks of overlap; a GPU goes on computing while the host drives them. Ranks with less to do wait
+        longer, which is not the exchange's fault.
 
         Parameters
         ----------
@@ -94,8 +96,7 @@ class Overlap:
         launch, plan = self._rounds.launch, self._plan
         row_bytes = 2 * x.shape[0] * x.shape[3] * x.element_size()
         least = needed_bytes(model, plan.partition, plan.rank, row_bytes, layers=layers, training=training)
-        driven, received = (statistics.median(column) for column in zip(*self._counted, strict=True))
-        waited = statistics.median(its.by_category["wait"] for its in self._rounds.timed)
+        driven, waited, received = (statistics.median(column) for column in zip(*self._counted, strict=True))
         alone = layers * self._alone(launch, model.heads, x, training=training)
         answers = allgather_objects(launch.comm, (received, least, alone, driven, waited))
         received, least, alone, *_ = (max(column) for column in zip(*answers, strict=True))
