@@ -29,6 +29,8 @@ def seconds_in_words(seconds: float) -> str:
     """Return a time, in seconds, with three digits and its unit, from nanoseconds to years."""
     if seconds == 0:
         return "0 s"
+    if math.isnan(seconds):
+        return "-"
     for (size, unit), (larger, _) in zip(_TIMES, (*_TIMES[1:], (_YEAR, "")), strict=True):
         if abs(seconds) < _MOST_OF_A_UNIT.get(unit, 0.9995 * larger):
             return f"{_three_digits(seconds / size)} {unit}"

@@ -186,6 +186,40 @@ def test_time_measured_on_a_gpu_is_as_forecast():
     assert max(map(abs, errors)) < 0.15
 
 
+def measured_steps(name):
+    """Yield steps that were measured as the configs of their forecasts, with their results."""
+    known = {field.name for field in fields(LongNetConfig)}
+    options = ("task", "half_residual", "activation_checkpointing", "keep_attention")
+    for record in read_records(ROOT / f"bench/records/{name}.jsonl"):
+        its, (sweep, *_) = record["what"]["config"], record["what"]["name"].split()[1:] or [None]
+        if record["kind"] != "measured" or sweep not in ("step", "strong", "weak"):
+            continue
+        model = {key: tuple(v) if isinstance(v, list) else v for key, v in its["model"].items() if key in known}
+        ranks, place = its["point"]["ranks"], record["where"]
+        config = PlanConfig(
+            model=LongNetConfig(**model), seq_len=its["point"]["tokens"], ranks=(ranks,), ranks_per_node=ranks,
+            **{key: its[key] for key in options},
+        )  # fmt: skip
+        machine = "cpu_2_cores" if place["gpu"] is None else {"H100": "h100_x1", "H200": "h200_x2"}[place["gpu"][7:11]]
+        yield machine, config, record["results"]
+
+
+@pytest.mark.parametrize("name", ["forecast_check", "scaling_h200x2"])
+def test_forecasts_of_what_was_measured_are_as_good_as_documented(name):
+    errors = {}
+    for machine_name, config, measured in measured_steps(name):
+        machine = load_machine(str(ROOT / f"bench/records/machines/{machine_name}.toml"))
+        one = forecast(config, machine, *config.ranks)
+        assert one.bytes_received == measured["bytes_received"]
+        if machine.device == "cuda":
+            assert one.memory.total - one.memory.process == pytest.approx(measured["peak_memory_bytes"], rel=0.1)
+        errors.setdefault((machine_name, *config.ranks), []).append(one.seconds / measured["seconds"] - 1)
+    assert {len(its) for its in errors.values()} == ({4} if name == "scaling_h200x2" else {6, 9})
+    for (machine_name, ranks), its in errors.items():
+        if machine_name != "h100_x1" or ranks == 1:  # ranks that share a GPU lose time that the model does not know
+            assert statistics.median(map(abs, its)) < 0.15
+
+
 def test_plan_needs_neither_torch_nor_mpi_and_answers_at_once():
     words = ("--preset", "2.7b", "--seq-len", "1000000000", "--geometric", "2048", "4", "--ranks", "64", "512", "4096")
     code = (

@@ -8,6 +8,7 @@ that share a device the first measures, and the others rest, since what a share 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import statistics
 import tempfile
@@ -368,7 +369,8 @@ class _Bench:
     def reading_rate(self) -> float:
         """Return the rate at which a rank reads a file of tokens that the system has in memory, in bytes a second."""
         count = 1 << 24
-        with tempfile.TemporaryDirectory() as folder:
+        seconds = math.nan
+        with agreed(self.launch.comm), tempfile.TemporaryDirectory() as folder:
             text = Path(folder) / "text.txt"
             text.write_bytes(bytes(range(32, 96)) * (count // 64))
             with Corpus(prepare([text], Path(folder) / "corpus.h5")) as corpus:

@@ -332,7 +332,8 @@ def _gradient_sum(machine: Machine, parameters: int, received: int, ranks: int, 
     """Return the time of the sum over ranks: parts to their owners, and the sums back, a bucket after the other."""
     if ranks == 1 or received == 0:
         return 0.0
-    beyond = received * max(0, ranks - per_node) // (ranks - 1)
+    smallest_node = ranks % per_node or per_node  # whose ranks have most of the others in other nodes
+    beyond = received * (ranks - smallest_node) // (ranks - 1)
     link = machine.within if ranks <= per_node else machine.between
     buckets = -(-4 * parameters // _BUCKET_BYTES)
     share = max(1.0, per_node / machine.devices_per_node)

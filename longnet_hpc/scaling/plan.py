@@ -100,6 +100,8 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
         )
     if any(_fits(one) == "tight" for one in forecasts):
         lines.append("tight: it fits by less than forecasts of memory may be wrong, a twentieth")
+    if len(forecasts) > 1 or forecasts[0].ranks > 1:
+        lines.append("efficiency: the arithmetic of a step, spread evenly and with nothing besides, over its time")
     last = forecasts[-1]
     its = {name: size for name, size in last.memory.table().items() if size and name not in ("total", "host")}
     parts = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in its.items())

@@ -106,7 +106,7 @@ def simulate(config: SimulateConfig) -> None:
         sys.stdout.write(lines)
         return
     print("\n".join(_in_words(config, machine, points)))
-    if config.output is not None:
+    if config.output is not None and records:
         with naming_errors(f"cannot write {config.output}"):
             config.output.parent.mkdir(parents=True, exist_ok=True)
             replace_file(config.output, lambda partial: partial.write_text(lines))

@@ -83,6 +83,9 @@ def attention_work(
         total += _of_branch(
             branch, partition, rank, heads, kv_heads, ranks_per_node, seq_len or partition.stop, extremes
         )
+    if total.left or total.carried:  # rows that are kept for later chunks go from all to all, of all branches at once
+        node = range(partition.size)[rank - rank % ranks_per_node :][:ranks_per_node]
+        total += AttentionWork(0, 0, 0, 0, 0, partition.size - 1, len(node) - 1, 0, 0)
     return total
 
 
