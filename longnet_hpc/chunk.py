@@ -6,24 +6,13 @@ first pieces, and one that goes on in a later chunk leaves rows for it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longnet_hpc.config import LongNetConfig
 from longnet_hpc.partition import Partition, Run
 from longnet_hpc.pattern import Branch, Pattern
 
-__all__ = ["SHORTEST_CHUNK", "Chunk", "carried_bytes", "chunk_bounds", "chunk_that_fits", "kept_rows", "wide_branches"]
-
-SHORTEST_CHUNK, _LONGEST_CHUNK = 1 << 15, 1 << 22
-"""Tokens of a rank, where nobody chooses: shorter chunks do not fill a GPU, longer ones gain nothing."""
-_BYTES_COMPUTED, _BYTES_TRAINED, _BYTES_BACKWARD = 26, 40, 60
-"""Roughly what a chunk needs a token and feature: to be computed, and to be differentiated a layer and besides."""
-_PARAMETER, _PARAMETER_TRAINED = 6, 18
-"""Bytes of a parameter: float32 and half precision; in training, two moments and the gradient besides."""
-_MEMORY_SHARE = 0.7
-"""Of the memory of a device that all this may take, by that rule."""
+__all__ = ["Chunk", "carried_bytes", "chunk_bounds", "kept_rows", "wide_branches"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +77,6 @@ def chunk_bounds(seq_len: int, chunk_len: int) -> list[int]:
     if len(bounds) > 2 and chunk_len < 2 * (seq_len - bounds[-2]) < 2 * chunk_len:
         bounds.insert(-1, bounds[-2] + chunk_len // 2)
     return bounds
-
-
-def chunk_that_fits(model: LongNetConfig, memory_bytes: float, *, training: bool) -> int:
-    """Return how many tokens of a chunk a rank on a GPU is given where nobody chooses: a power of two.
-
-    Parameters
-    ----------
-    model : LongNetConfig
-        What computes them.
-    memory_bytes : float
-        That the rank has of its GPU, in bytes.
-    training : bool
-        Whether there is a backward pass.
-    """
-    left = _MEMORY_SHARE * memory_bytes - model.parameter_count * (_PARAMETER_TRAINED if training else _PARAMETER)
-    size = model.embed_dim * (_BYTES_TRAINED * model.layers + _BYTES_BACKWARD if training else _BYTES_COMPUTED)
-    fitting: int = 1 << int(math.log2(max(1.0, left / size)))
-    return max(SHORTEST_CHUNK, min(_LONGEST_CHUNK, fitting))
 
 
 def kept_rows(branch: Branch, seq_len: int) -> int:

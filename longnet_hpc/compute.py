@@ -7,17 +7,19 @@ import os
 import resource
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
 from longnet_hpc.attention import choose_backend
-from longnet_hpc.chunk import SHORTEST_CHUNK, chunk_that_fits
 from longnet_hpc.comm import allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import ComputeConfig, LongNetConfig
 from longnet_hpc.errors import ConfigError, CorpusError
 from longnet_hpc.partition import Partition
 from longnet_hpc.positions import POSITIONS
+from longnet_hpc.scaling.config import PlanConfig
+from longnet_hpc.scaling.memory import SHORTEST_CHUNK, chunk_that_fits
 from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.stream import SequenceStream
 
@@ -116,17 +118,31 @@ class Compute:
             comm=self._launch.comm, backend=self._backend, device=self.device,
         )  # fmt: skip
 
-    def longest_chunk(self, seq_len: int, *, training: bool = False) -> int:
+    def longest_chunk(
+        self,
+        seq_len: int,
+        task: Literal["train", "eval"],
+        *,
+        half_residual: bool,
+        activation_checkpointing: bool = False,
+        keep_attention: bool = True,
+    ) -> int:
         """Return how long a chunk may be over all ranks, in tokens: a power of two times the ranks, if not all.
 
-        Collective: the rank with the least memory decides.
+        As `plan` chooses it, for the memory that is there. Collective: the rank with the least memory decides.
         """
-        at_once = SHORTEST_CHUNK
+        at_once, size = SHORTEST_CHUNK, self._launch.size
         if self.device.type == "cuda":
             ranks_of_it = -(-self._launch.node_size // torch.cuda.device_count())
             share = torch.cuda.get_device_properties(self.device).total_memory / ranks_of_it
-            at_once = chunk_that_fits(self._model, share, training=training)
-        return min(seq_len, min(allgather_objects(self._launch.comm, at_once)) * self._launch.size)
+            step = PlanConfig(
+                model=self._model, seq_len=seq_len, ranks=(size,), stream=True, task=task, half_residual=half_residual,
+                activation_checkpointing=activation_checkpointing, keep_attention=keep_attention,
+            )  # fmt: skip
+            if self.dtype != torch.float32 and not self.compiles:
+                share /= 2  # without torch.compile a token needs nearly twice the memory
+            at_once = chunk_that_fits(step, share, size, itemsize=self.dtype.itemsize)
+        return min(seq_len, min(allgather_objects(self._launch.comm, at_once)) * size)
 
     def eagerly(self, wanted: bool) -> AbstractContextManager[object]:
         """Compute without `torch.compile` if ``wanted``: a graph is made for one length, and takes time to make."""

@@ -113,7 +113,9 @@ class _Evaluation:
         self.compiled = compute.compiles
         if self.compiled:
             self.model.compile_blocks()
-        self.chunk_len = config.chunk_len or compute.longest_chunk(self.seq_len)
+        self.chunk_len = config.chunk_len or compute.longest_chunk(
+            self.seq_len, "eval", half_residual=config.half_residual
+        )
         self.stream = compute.stream(self.seq_len)
         self.by_position, self.by_context = (_Totals(self.seq_len, compute.device) for _ in range(2))
         self.widest = max(self.model.config.segment_lengths)

@@ -49,7 +49,10 @@ class StreamTrainer(Trainer):
         """Take the folder of the run for the steps of a call, and say what one will need. Collective."""
         self.folder, self.stop = folder, stop
         config, model = self.config, self.config.model
-        self.chunk_len = config.chunk_len or self.compute.longest_chunk(config.seq_len, training=True)
+        self.chunk_len = config.chunk_len or self.compute.longest_chunk(
+            config.seq_len, "train", half_residual=config.half_residual,
+            activation_checkpointing=config.activation_checkpointing, keep_attention=config.keep_attention,
+        )  # fmt: skip
         self.rows_bytes = carried_bytes(
             model.pattern, self.chunk_len, config.seq_len,
             layers=model.layers, batch=1, heads=model.heads, head_dim=model.head_dim,

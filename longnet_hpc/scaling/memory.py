@@ -6,9 +6,13 @@ from dataclasses import asdict, dataclass
 
 from longnet_hpc.chunk import carried_bytes, kept_rows, wide_branches
 from longnet_hpc.scaling.config import PlanConfig
-from longnet_hpc.scaling.machine import Machine
 
-__all__ = ["Memory", "memory_of_rank"]
+__all__ = ["SHORTEST_CHUNK", "Memory", "chunk_that_fits", "memory_of_rank"]
+
+SHORTEST_CHUNK, _LONGEST_CHUNK = 1 << 15, 1 << 22
+"""Tokens of a rank, where nobody chooses: shorter chunks do not fill a GPU, longer ones gain nothing."""
+_CHUNK_SHARE = 0.85
+"""Of the memory of a rank that its part of a chunk may take with all else, where nobody chooses."""
 
 _UPDATE_BYTES = 8
 """Per parameter, while weights are updated: the flat gradient of this rank, and the sum over ranks."""
@@ -68,26 +72,30 @@ _COMPILED_HALF = _PerFeature(block=17.5, inner=4.0, wide_residual=2.6, backward=
 _EAGER_SINGLE = _PerFeature(block=36.9, inner=12.0, wide_residual=0.0, backward=40.0, forward=20.0, forward_inner=8.0)
 
 
-def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: int, at_once: int) -> Memory:
+def memory_of_rank(
+    config: PlanConfig, tokens: int, received: int, at_once: int, *, itemsize: int, process_bytes: int
+) -> Memory:
     """Return what a rank needs.
 
     Parameters
     ----------
     config : PlanConfig
         Model and step.
-    machine : Machine
-        Where it runs.
     tokens : int
         Tokens that the rank computes at once, of one sequence: of its slice, or its part of a chunk.
     received : int
         Rows that it receives from other ranks, a layer and sequence; see `work.AttentionWork`.
     at_once : int
         Tokens that all ranks compute at once, of one sequence: all of it, or those of a chunk.
+    itemsize : int
+        Bytes of a number of matrix products.
+    process_bytes : int
+        What a process takes before it has any tensor.
     """
-    model, training, itemsize = config.model, config.task == "train", machine.itemsize
+    model, training = config.model, config.task == "train"
     parameters = model.parameter_count
     row_bytes = 2 * model.head_dim * itemsize * config.batch_size
-    activations = int(tokens * config.batch_size * model.embed_dim * _bytes_per_feature(config, machine))
+    activations = int(tokens * config.batch_size * model.embed_dim * _bytes_per_feature(config, itemsize))
     keeps_rows = training and not (config.activation_checkpointing and not config.keep_attention)
     rows = received * row_bytes * (model.layers if keeps_rows else 1)
     host = 0
@@ -105,7 +113,7 @@ def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: 
     if training:
         buffers += max(0, _UPDATE_BYTES * parameters - activations)
     return Memory(
-        process=machine.process_bytes,
+        process=process_bytes,
         weights=(4 + (itemsize if itemsize < 4 else 0)) * parameters,
         optimizer=8 * parameters if training else 0,
         gradients=4 * parameters if training else 0,
@@ -116,9 +124,9 @@ def memory_of_rank(config: PlanConfig, machine: Machine, tokens: int, received: 
     )
 
 
-def _bytes_per_feature(config: PlanConfig, machine: Machine) -> float:
+def _bytes_per_feature(config: PlanConfig, itemsize: int) -> float:
     """Return the bytes of activations for each token and feature."""
-    model, half = config.model, machine.itemsize < 4
+    model, half = config.model, itemsize < 4
     per = _COMPILED_HALF if half else _EAGER_SINGLE
     wide = per.wide_residual if half and not config.half_residual else 0.0
     if config.task == "eval":
@@ -127,5 +135,30 @@ def _bytes_per_feature(config: PlanConfig, machine: Machine) -> float:
     if not config.activation_checkpointing:
         return block * model.layers + per.backward
     residual = 2.0 if half and config.half_residual else 4.0
-    kept = residual + (machine.itemsize + 4 / model.head_dim if config.keep_attention else 0.0)
+    kept = residual + (itemsize + 4 / model.head_dim if config.keep_attention else 0.0)
     return kept * model.layers + block + (0.0 if half else per.backward)
+
+
+def chunk_that_fits(
+    config: PlanConfig, memory_bytes: float, ranks: int, *, itemsize: int = 2, process_bytes: int = 1_000_000_000
+) -> int:
+    """Return how many tokens of a chunk a rank on a GPU is given where nobody chooses: a power of two.
+
+    Parameters
+    ----------
+    config : PlanConfig
+        Model and step.
+    memory_bytes : float
+        What a rank has.
+    ranks : int
+        Ranks that share a chunk.
+    itemsize, process_bytes
+        As for `memory_of_rank`.
+    """
+    chunk = SHORTEST_CHUNK
+    while chunk < _LONGEST_CHUNK:
+        its = memory_of_rank(config, 2 * chunk, 0, 2 * chunk * ranks, itemsize=itemsize, process_bytes=process_bytes)
+        if its.total >= _CHUNK_SHARE * memory_bytes:
+            break
+        chunk *= 2
+    return chunk

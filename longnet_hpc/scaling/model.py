@@ -14,14 +14,14 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from longnet_hpc.chunk import SHORTEST_CHUNK, chunk_bounds, chunk_that_fits
+from longnet_hpc.chunk import chunk_bounds
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Link, Machine
-from longnet_hpc.scaling.memory import Memory, memory_of_rank
+from longnet_hpc.scaling.memory import SHORTEST_CHUNK, Memory, chunk_that_fits, memory_of_rank
 from longnet_hpc.scaling.work import AttentionWork, attention_work, ranks_to_look_at
 
 __all__ = ["NEXT_MESSAGE", "Forecast", "LayerSeconds", "forecast", "head_seconds", "layer_seconds"]
@@ -31,8 +31,9 @@ _BUCKET_BYTES = 1 << 26
 NEXT_MESSAGE = 0.2
 """What each further message of an exchange costs, as a part of the latency of a link, which is that of a whole exchange
 of one message: others are posted while that is under way. MPI posts a million messages a second or so."""
-_PLACES_COUNTED = 1 << 11
-"""About how many ranks and chunks of a stream are counted one by one; beyond, evenly spaced chunks stand for all."""
+_PLACES_COUNTED = 1 << 15
+"""About how many chunks of a stream, times heads and ranks squared, are counted one by one; beyond, evenly spaced chunks
+stand for all."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,12 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
     per_node = min(ranks, config.ranks_per_node or machine.devices_per_node)
     share = max(1.0, per_node / machine.devices_per_node)
     capacity = int(machine.memory_bytes / share)
+    of_machine = {"itemsize": machine.itemsize, "process_bytes": machine.process_bytes}
     at_once = config.seq_len
     if config.stream:
-        of_rank = SHORTEST_CHUNK if machine.device == "cpu" else chunk_that_fits(model, capacity, training=training)
+        of_rank = SHORTEST_CHUNK
+        if config.chunk_len is None and machine.device != "cpu":
+            of_rank = chunk_that_fits(config, capacity, ranks, **of_machine)
         at_once = min(at_once, config.chunk_len or ranks * of_rank)  # as `Compute.longest_chunk` chooses
         if at_once < ranks:
             raise ConfigError(f"chunk_len must be at least the number of ranks, {ranks}, got {at_once}")
@@ -178,7 +182,7 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
         efficiency=even / seconds,
         bytes_received=received,
         gradient_bytes=gradient_bytes,
-        memory=memory_of_rank(config, machine, -(-at_once // ranks), at_once_received, at_once),
+        memory=memory_of_rank(config, -(-at_once // ranks), at_once_received, at_once, **of_machine),
         capacity_bytes=capacity,
         model_flop=flop * config.batch_size * (3 if training else 1),
     )
@@ -216,7 +220,7 @@ def _work(
 ) -> AttentionWork:
     """Return what a rank does in attention, over all chunks of a sequence."""
     chunks = [range(*ends) for ends in pairwise(chunk_bounds(seq_len, at_once))]
-    most = max(8, _PLACES_COUNTED // min(ranks, 64))
+    most = max(8, _PLACES_COUNTED // (ranks * ranks * heads))
     counted = chunks[:: -(-len(chunks) // most) | 1]  # odd, so that segments, often of powers of two, take turns
     total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0, 0)
     for chunk in counted:

@@ -109,7 +109,7 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
     if last.memory.host:
         lines.append(f"besides, in host memory or a file, a rank: {bytes_in_words(last.memory.host)}")
     if last.chunk_len is not None:
-        chosen = f"; give --chunk-len {last.chunk_len} to the run, which may choose otherwise"
+        chosen = f"; give --chunk-len {last.chunk_len} to the run, which chooses so for its own memory"
         lines.append(
             f"chunks of a stream, at {last.ranks:,}: {last.chunk_len:,} tokens over all ranks"
             f"{chosen if config.chunk_len is None else ''}"
