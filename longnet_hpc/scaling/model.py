@@ -32,7 +32,7 @@ NEXT_MESSAGE = 0.2
 """What each further message of an exchange costs, as a part of the latency of a link, which is that of a whole exchange
 of one message: others are posted while that is under way. MPI posts a million messages a second or so."""
 _PLACES_COUNTED = 1 << 15
-"""About how many chunks of a stream, times heads and ranks squared, are counted one by one; beyond, evenly spaced chunks
+"""About how many chunks of a stream, times heads and ranks squared, are counted one by one; beyond, evenly spaced ones
 stand for all."""
 
 
