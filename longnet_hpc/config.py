@@ -253,9 +253,14 @@ class TrainConfig(ComputeConfig):
     """Steps between checkpoints; there is always one at the end."""
     keep: int = 2
     """Number of checkpoints kept, the latest ones."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite: stop, or leave it out and go on."""
+    compare_every: int = 100
+    """Steps after which all ranks compare their weights, as before each checkpoint, in steps."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
+        at_least(self, 1, "compare_every")
         at_least(self, 1, "chunk_len")
         at_least(self, 0, "stop_after")
         if self.stream and (self.batch_size != 1 or self.accumulation != 1):
