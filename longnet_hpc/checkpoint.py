@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "find_checkpoint",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_latest",
     "remove_old",
     "save_checkpoint",
 ]
@@ -202,6 +203,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {name} does not fit")
     order = DataOrder(**about["order"])
     return Checkpoint(about["step"], about["batch_index"], order, about["model"], tensors)
+
+
+def load_latest(folder: Path, tell: Callable[[str], object]) -> Checkpoint:
+    """Read the latest checkpoint of a run that is whole. Each rank reads for itself.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    tell : callable
+        Takes a line for each checkpoint that is passed over.
+
+    Raises
+    ------
+    CheckpointError
+        If none can be read: what is wrong with the latest.
+    """
+    paths = sorted(_checkpoints(folder), key=_step_of, reverse=True) or [find_checkpoint(folder)]
+    errors: list[CheckpointError] = []
+    for path in paths:
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        for passed_over in errors:
+            tell(f"warning: {passed_over}; the training goes on from step {checkpoint.step}")
+        return checkpoint
+    raise errors[0]
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

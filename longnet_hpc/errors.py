@@ -11,8 +11,10 @@ __all__ = [
     "CorpusError",
     "LaunchError",
     "LongNetError",
+    "NonFiniteError",
     "PartitionError",
     "PatternError",
+    "RanksDifferError",
     "ShapeError",
     "StoppedError",
 ]
@@ -48,6 +50,14 @@ class CorpusError(LongNetError):
 
 class CheckpointError(LongNetError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+class NonFiniteError(LongNetError):
+    """A training whose loss or gradient is not finite."""
+
+
+class RanksDifferError(LongNetError):
+    """Ranks that hold different weights: something flipped bits."""
 
 
 class LaunchError(LongNetError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -73,6 +73,20 @@ class Optimizer:
             parameter.grad = None
         return torch.cat(parts)
 
+    def named(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the parts of a flat gradient by the names of their parameters."""
+        sizes = [parameter.numel() for parameter in self._parameters.values()]
+        yield from zip(self._parameters, flat.split(sizes), strict=True)
+
+    def skip(self) -> None:
+        """Let a step pass without an update; the moments age by it as they do in `load_state`."""
+        for parameter in self._parameters.values():
+            held = self._adamw.state[parameter]
+            if not held:
+                held["step"] = torch.tensor(0.0, device=parameter.device if parameter.is_cuda else None)
+                held.update({moment: torch.zeros_like(parameter) for moment in _MOMENTS})
+            held["step"] += 1
+
     def step(self, gradient: torch.Tensor, rate: float) -> float:
         """Update the parameters by a flat gradient, which is scaled in place if its norm is above the limit.
 
@@ -95,10 +109,8 @@ class Optimizer:
             gradient *= self.config.clip_norm / norm
         for group in self._adamw.param_groups:
             group["lr"] = rate
-        parameters = self._parameters.values()
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, gradient.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
+        for name, part in self.named(gradient):
+            self._parameters[name].grad = part.view_as(self._parameters[name])
         self._adamw.step()
         self._adamw.zero_grad()
         return norm

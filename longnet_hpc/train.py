@@ -18,6 +18,7 @@ from longnet_hpc.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    load_latest,
     remove_old,
     save_checkpoint,
 )
@@ -26,7 +27,7 @@ from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, to_table, write_toml
 from longnet_hpc.data import Corpus
-from longnet_hpc.errors import ConfigError, StoppedError
+from longnet_hpc.errors import ConfigError, NonFiniteError, RanksDifferError, StoppedError
 from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
@@ -113,12 +114,9 @@ def train(config: TrainConfig, launch: Launch, corpus_path: Path) -> TrainResult
             new_lines = _steps(trainer, folder, stop)
         seconds = time.perf_counter() - begin
         result = _result(trainer, folder, new_lines, seconds)
-        same = trainer.same_on_all_ranks()
     with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
         if launch.rank == 0:
-            _finish(config, launch, result, lines, new_lines, same)
-    if not same:
-        raise RuntimeError("the ranks hold different weights, so what was trained is of no use")
+            _finish(config, launch, result, lines, new_lines)
     if result.steps < trainer.last_step:
         raise StoppedError(
             f"left after step {result.steps:,} of {trainer.last_step:,}; train --resume {folder} goes on"
@@ -136,7 +134,7 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
         with agreed(launch.comm, facts=facts):
             if config.resume is None and folder.exists():
                 raise ConfigError(f"folder {folder} exists; go on with --resume {folder}, or choose another --folder")
-            checkpoint = _checkpoint_to_resume(folder) if config.resume else None
+            checkpoint = _checkpoint_to_resume(folder, launch) if config.resume else None
             corpus = Corpus(corpus_path)
             kind = StreamTrainer if config.stream else Trainer
             trainer = kind(config, launch, corpus, checkpoint)
@@ -154,11 +152,12 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
             corpus.close()
 
 
-def _checkpoint_to_resume(folder: Path) -> Checkpoint | None:
-    """Return the latest checkpoint of a run; None if it ended before its first, but did begin."""
+def _checkpoint_to_resume(folder: Path, launch: Launch) -> Checkpoint | None:
+    """Return the latest checkpoint of a run that is whole; None if it ended before its first, but did begin."""
     if latest_checkpoint(folder) is None and (folder / CONFIG_NAME).is_file():
         return None
-    return load_checkpoint(find_checkpoint(folder))
+    log = logging.getLogger("longnet_hpc")
+    return load_latest(folder, log.warning if launch.rank == 0 else log.debug)
 
 
 def _announce(trainer: Trainer, corpus_path: Path, folder: Path) -> None:
@@ -209,22 +208,42 @@ def _steps(trainer: Trainer, folder: Path, stop: StopRequest) -> list[dict[str, 
         while trainer.steps_done < last and not asked:
             try:
                 line = trainer.step()
+                asked = stop.asked(comm)
+                due = asked or _is_due(trainer, config.save_every)
+                if due or _is_due(trainer, config.compare_every):
+                    trainer.check_same()
+            except (NonFiniteError, RanksDifferError) as error:
+                raise type(error)(f"{error}; {_where_to_go_on(folder)}") from error
             except StoppedError:
                 # A step that was left is gone on with from the weights at its start, whatever these came from.
                 with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
                     if rank == 0:
                         _save_checkpoint(trainer, folder)
                 raise
-            lines.append(line)
-            asked = stop.asked(comm)
-            due = asked or trainer.steps_done % config.save_every == 0 or trainer.steps_done == last
             with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
                 if rank == 0:
                     append_record(folder / METRICS_NAME, line)
                     if due:
                         _save_checkpoint(trainer, folder)
+            if "loss" not in line:
+                update("left out")
+                continue
+            lines.append(line)
             update(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+    if not lines:
+        raise NonFiniteError(f"none of the steps up to {trainer.steps_done} was finite; {_where_to_go_on(folder)}")
     return lines
+
+
+def _is_due(trainer: Trainer, every: int) -> bool:
+    return trainer.steps_done % every == 0 or trainer.steps_done == trainer.last_step
+
+
+def _where_to_go_on(folder: Path) -> str:
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return "there is no checkpoint before it"
+    return f"the last checkpoint before it is {latest}, from which train --resume {folder} goes on"
 
 
 def _save_checkpoint(trainer: Trainer, folder: Path) -> None:
@@ -257,7 +276,6 @@ def _finish(
     result: TrainResult,
     lines_before: list[dict[str, Any]],
     lines: list[dict[str, Any]],
-    same: bool,
 ) -> None:
     """Write the record of this call, and the picture of the whole run."""
     from longnet_hpc.picture import draw_loss_curve
@@ -279,11 +297,11 @@ def _finish(
         warmup=_warmup(lines),
         repeats=len(lines) - _warmup(lines),
         statistic="median",
-        check=("all ranks hold the same weights, bit for bit", same),
+        check=("all ranks hold the same weights, bit for bit", True),
     )
     append_record(result.folder / RECORD_NAME, record)
     title = (
         f"LongNet {config.preset}, {result.parameter_count / 1e6:,.1f} M parameters, "
         f"{config.seq_len:,} tokens a sequence over {launch.size} rank{'s' if launch.size > 1 else ''}"
     )
-    draw_loss_curve(lines_before + lines, title, result.folder / PICTURE_NAME)
+    draw_loss_curve([line for line in lines_before if "loss" in line] + lines, title, result.folder / PICTURE_NAME)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
 
 import torch
-import xxhash
 
 from longnet_hpc.checkpoint import Checkpoint, DataOrder
 from longnet_hpc.comm import agreed, all_reduce_sum, allgather_objects
@@ -16,12 +16,16 @@ from longnet_hpc.compute import Compute
 from longnet_hpc.config import TrainConfig
 from longnet_hpc.config_file import flat_table, to_table
 from longnet_hpc.data import Corpus, SequenceReader
-from longnet_hpc.errors import ConfigError
+from longnet_hpc.errors import ConfigError, NonFiniteError, RanksDifferError
+from longnet_hpc.guard import differing_weights, nonfinite_parts
 from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import Optimizer, learning_rate
 from longnet_hpc.trace import span
 
-__all__ = ["Trainer"]
+__all__ = ["MOST_LEFT_OUT", "Trainer"]
+
+MOST_LEFT_OUT = 10
+"""Steps in a row that are left out because they are not finite; one more ends the run."""
 
 
 class Trainer:
@@ -71,6 +75,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.steps_done = 0
         self.seconds_before = 0.0
+        self._left_out = 0
         if checkpoint is not None:
             checkpoint.check_fits(config.model, self.order)
             self.optimizer.load_state(checkpoint.tensors, checkpoint.step)
@@ -115,8 +120,8 @@ class Trainer:
         ------
         CorpusError
             If a rank cannot read its slice.
-        ConfigError
-            If loss or gradient are not finite; nothing is then updated.
+        NonFiniteError
+            If loss or gradient are not finite, and were not to be left out; nothing is then updated.
         """
         begin = time.perf_counter()
         loss, received = self.accumulate()
@@ -162,22 +167,22 @@ class Trainer:
 
         Raises
         ------
-        ConfigError
-            If loss or gradient are not finite; nothing is then updated.
+        NonFiniteError
+            If loss or gradient are not finite, and were not to be left out; nothing is then updated.
         """
         config, comm, tokens = self.config, self.launch.comm, self.tokens
         begin = time.perf_counter()
         global_loss = float(all_reduce_sum(comm, loss)) / tokens
-        gradient = all_reduce_sum(comm, self.optimizer.flat_gradient())
+        own = self.optimizer.flat_gradient()
+        gradient = all_reduce_sum(comm, own)
         rate = learning_rate(self.steps_done, config.steps, config.optimizer)
         with span("compute", "update"):
             norm = self.optimizer.step(gradient, rate) if math.isfinite(global_loss) else math.nan
-        if not math.isfinite(norm):
-            raise ConfigError(
-                f"training diverged in step {self.steps_done + 1}: loss {global_loss:.4g}, gradient norm {norm:.4g}; "
-                f"lower optimizer.learning_rate ({config.optimizer.learning_rate})"
-            )
+        where = None if math.isfinite(norm) else nonfinite_parts(comm, float(loss), self.optimizer.named(own))
         self.steps_done += 1
+        if where is not None:
+            return self._not_finite(f"loss {global_loss:.4g}, gradient norm {norm:.4g}; {where}")
+        self._left_out = 0
         seconds += time.perf_counter() - begin
         answers = allgather_objects(comm, (received, self.compute.peak_memory_bytes(), seconds))
         received, memory, slowest = (max(values) for values in zip(*answers, strict=True))
@@ -194,6 +199,18 @@ class Trainer:
             "peak_memory_bytes": memory,
         }
 
+    def _not_finite(self, what: str) -> dict[str, Any]:
+        """Leave a step out and return its line, which has no loss; or raise NonFiniteError."""
+        self._left_out += 1
+        rate = f"lower optimizer.learning_rate ({self.config.optimizer.learning_rate})"
+        if self.config.on_nonfinite == "stop" or self._left_out > MOST_LEFT_OUT:
+            often = f"{self._left_out} steps in a row, " if self._left_out > 1 else ""
+            raise NonFiniteError(f"training diverged in {often}step {self.steps_done}: {what}; {rate}")
+        self.optimizer.skip()
+        if self.launch.rank == 0:
+            logging.getLogger("longnet_hpc").warning("warning: step %s is left out: %s", self.steps_done, what)
+        return {"step": self.steps_done, "left_out": what}
+
     def facts(self) -> dict[str, object]:
         """Return what must be the same on all ranks, by name; the corpus may lie elsewhere on each."""
         config = {key: value for key, value in flat_table(self.config).items() if key != "corpus"}
@@ -209,12 +226,13 @@ class Trainer:
             self.optimizer.state(),
         )
 
-    def same_on_all_ranks(self) -> bool:
-        """Return whether all ranks hold the same weights, bit for bit. Collective."""
-        digest = xxhash.xxh3_64()
-        for parameter in self.model.parameters():
-            digest.update(parameter.detach().cpu().contiguous().numpy().data)
-        return len(set(allgather_objects(self.launch.comm, digest.hexdigest()))) == 1
+    def check_same(self) -> None:
+        """Raise RanksDifferError unless all ranks hold the same weights, bit for bit. Collective."""
+        where = differing_weights(self.launch.comm, self.model.named_parameters())
+        if where is not None:
+            raise RanksDifferError(
+                f"ranks hold different weights after step {self.steps_done}: {where}; memory or a device is faulty"
+            )
 
     def close(self) -> None:
         """End the reader's background thread."""

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import re
 import signal
 from functools import partialmethod
 from importlib import metadata
@@ -18,7 +19,7 @@ from longnet_hpc.checkpoint import find_checkpoint, load_checkpoint
 from longnet_hpc.comm.launch import start
 from longnet_hpc.config import OptimizerConfig, TrainConfig
 from longnet_hpc.data import Corpus, prepare
-from longnet_hpc.errors import CheckpointError, ConfigError, CorpusError, StoppedError
+from longnet_hpc.errors import CheckpointError, ConfigError, CorpusError, NonFiniteError, StoppedError
 from longnet_hpc.evaluate import _bins, _results
 from longnet_hpc.optimizer import Optimizer, learning_rate
 from longnet_hpc.record import append_record, check_record, make_record, read_records, where
@@ -155,7 +156,7 @@ def test_training_lowers_the_loss_and_the_seed_decides_all(corpus_path):
     first, trainer = losses(corpus_path, 60, steps=60, optimizer=OptimizerConfig(learning_rate=0.01))
     assert first[0] > 4.5
     assert sum(first[-5:]) / 5 < 2.5
-    assert trainer.same_on_all_ranks()
+    trainer.check_same()
     assert losses(corpus_path, 3)[0] == losses(corpus_path, 3)[0]
     assert losses(corpus_path, 3)[0] != losses(corpus_path, 3, seed=1)[0]
 
@@ -174,7 +175,9 @@ def test_divergence_is_told_with_the_knob_and_updates_nothing(corpus_path):
         with torch.no_grad():
             trainer.model.norm.weight.fill_(torch.nan)
         before = copy.deepcopy(trainer.model.state_dict())
-        with pytest.raises(ConfigError, match=r"diverged in step 1: .*lower optimizer.learning_rate \(0\.003\)"):
+        with pytest.raises(
+            NonFiniteError, match=r"in step 1: .*; rank 0: loss, gradient .* lower .*rate \(0\.003\)"
+        ):
             trainer.step()
         trainer.close()
     assert all(torch.equal(before[k].nan_to_num(), v.nan_to_num()) for k, v in trainer.model.state_dict().items())
@@ -343,3 +346,24 @@ def test_record_that_is_neither_measured_nor_modelled_or_empty_is_refused():
         check_record(a_record() | {"kind": "guessed"})
     with pytest.raises(ConfigError, match="no results"):
         check_record(a_record() | {"results": {}})
+
+
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(corpus_path, tmp_path, caplog):
+    launch, folder = start(device="cpu"), tmp_path / "run"
+    train(config(folder=folder, steps=4, save_every=2), launch, corpus_path)
+    right, digest = find_checkpoint(folder).read_bytes(), load_checkpoint(find_checkpoint(folder)).digest
+    for damage in (right[: len(right) // 2], right[:-9] + bytes([right[-9] ^ 4]) + right[-8:], b""):
+        find_checkpoint(folder).write_bytes(damage)
+        caplog.clear()
+        train(config(resume=folder, steps=4, save_every=2), launch, corpus_path)
+        assert re.search(r"step-00000004.*; the training goes on from step 2", caplog.text)
+        assert load_checkpoint(find_checkpoint(folder)).digest == digest
+
+
+def test_run_without_a_whole_checkpoint_says_what_is_wrong_with_the_latest(corpus_path, tmp_path):
+    launch, folder = start(device="cpu"), tmp_path / "run"
+    train(config(folder=folder, steps=4, save_every=2), launch, corpus_path)
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot read checkpoint .*step-00000004"):
+        train(config(resume=folder, steps=4, save_every=2), launch, corpus_path)
