@@ -70,12 +70,14 @@ class Chunk:
 def chunk_bounds(seq_len: int, chunk_len: int) -> list[int]:
     """Return the positions at which a sequence is cut into chunks of ``chunk_len`` tokens, its ends included.
 
-    A rest of more than half a chunk is cut in two: graphs are made for whole chunks only, and computed without them a
-    token needs nearly twice the memory.
+    A rest of more than half a chunk is cut in two, at a half or a quarter: graphs are made for whole chunks only, and
+    computed without them a token needs nearly twice the memory.
     """
     bounds = [*range(0, seq_len, chunk_len), seq_len]
-    if len(bounds) > 2 and chunk_len < 2 * (seq_len - bounds[-2]) < 2 * chunk_len:
-        bounds.insert(-1, bounds[-2] + chunk_len // 2)
+    rest = seq_len - bounds[-2]
+    if len(bounds) > 2 and chunk_len < 2 * rest < 2 * chunk_len:
+        first = chunk_len // 2 if 4 * rest > 3 * chunk_len else max(1, chunk_len // 4)
+        bounds.insert(-1, bounds[-2] + first)
     return bounds
 
 

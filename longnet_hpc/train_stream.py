@@ -149,6 +149,7 @@ class StreamTrainer(Trainer):
     def _facts(self) -> dict[str, object]:
         return {
             "step": self.steps_done, "seq_len": self.config.seq_len, "chunk_len": self.chunk_len,
+            "chunks": len(chunk_bounds(self.config.seq_len, self.chunk_len)) - 1,
             "dtype": str(self.compute.dtype).removeprefix("torch."),
         }  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longnet_hpc.chunk import Chunk, kept_rows, wide_branches
+from longnet_hpc.chunk import Chunk, chunk_bounds, kept_rows, wide_branches
 from longnet_hpc.errors import PartitionError, PatternError
 from longnet_hpc.grids import earlier_grids, kept_grids
 from longnet_hpc.partition import Partition, Run, SpanLayout, communicator_rounds, rank_groups
@@ -212,7 +212,7 @@ def test_rows_of_a_piece_are_kept_behind_those_of_the_segment_before_it(drawn):
 @many
 @given(seq_len=st.integers(1, 300), chunk_len=st.integers(1, 320), branch=branches, other=branches)
 def test_wide_branches_have_a_segment_open_at_the_end_of_some_chunk(seq_len, chunk_len, branch, other):
-    ends = range(chunk_len, seq_len, chunk_len)
+    ends = chunk_bounds(seq_len, chunk_len)[1:-1]
     expected = [n for n, b in enumerate((branch, other)) if any(stop % b.segment_length for stop in ends)]
     assert list(wide_branches(Pattern((branch, other)), chunk_len, seq_len)) == expected
     for b in (branch, other):

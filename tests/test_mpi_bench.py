@@ -156,7 +156,7 @@ def test_exchanges_deliver_what_was_sent_and_count_its_bytes(comm, shared_tmp_pa
             "rows": (ranks - 1) * size,
             "rows_back": (ranks - 1) * size,
             "allgather": (ranks - 1) * size,
-            "alltoall": ranks * (-(-size // 256 // ranks) * 256),
+            "alltoall": (ranks - 1) * (-(-size // 256 // ranks) * 256),
             "sum": ranks * 4 * -(-size // 4 // ranks) + size,
             "mpi_allgather": (ranks - 1) * size,
             "mpi_alltoall": (ranks - 1) * (size // 256 // ranks) * 256,

@@ -17,6 +17,7 @@ import torch
 
 from longnet_hpc.comm.transport import Transport, device_transport
 from longnet_hpc.errors import ShapeError
+from longnet_hpc.life import life
 from longnet_hpc.trace import span, transfer
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Pending:
         ready: torch.cuda.Event | None,
         what: str,
     ) -> None:
-        self._begin = begin
+        self._begin: Callable[[], MPI.Request] | None = begin
         self._request: MPI.Request | None = None
         self._complete = False
         self._transfer: Transfer | None = None
@@ -89,6 +90,7 @@ class Pending:
 
     def test(self) -> bool:
         """Start what is ready, let MPI make progress; return whether the exchange is complete."""
+        life.progress += 1
         self.start_ready()
         if self._request is not None and not self._complete:  # the call, out of cache after a kernel, takes 10 us
             started = time.perf_counter()
@@ -104,16 +106,19 @@ class Pending:
 
         All exchanges that were made before are started first: other ranks may need them to come this far.
         """
-        last_kernel = _reached(self._device)
+        idle = _Idle(_reached(self._device))
         while self._to_start:
-            first = self._to_start.popleft()
-            if first._ready is not None:
-                first._ready.synchronize()
-            first._start()
+            idle.look()
+            if self._to_start[0]._is_ready():
+                self._to_start.popleft()._start()
+            elif self._request is not None:
+                self._request.Test()
         request = self._request
         assert request is not None
-        with nullcontext() if self._transfer is None else span("wait", self._what):
-            self.seconds_waited = _wait(request, last_kernel)
+        traced = nullcontext() if self._transfer is None else span("wait", self._what)
+        with traced, life.waiting_for(f"exchange of {self._what}"):
+            idle.wait(request)
+        self.seconds_waited = idle.seconds()
         if self._transfer is not None:
             self._transfer.end()
         self._sendbuf = None
@@ -126,13 +131,29 @@ class Pending:
         while cls._to_start and cls._to_start[0]._is_ready():
             cls._to_start.popleft()._start()
 
+    @classmethod
+    def start_all(cls) -> None:
+        """Start all exchanges that were made."""
+        while cls._to_start:
+            first = cls._to_start.popleft()
+            if first._ready is not None:
+                first._ready.synchronize()
+            first._start()
+
+    @classmethod
+    def in_flight(cls) -> list[str]:
+        """Return what the exchanges send that are not finished; any thread may ask."""
+        return [its._what for its in list(cls._in_flight)]
+
     def _is_ready(self) -> bool:
         return self._ready is None or self._ready.query()
 
     def _start(self) -> None:
+        assert self._begin is not None
         self._transfer = transfer(self._what)
         started = time.perf_counter()
         self._request = self._begin()
+        self._begin = None  # it holds the buffers
         self.seconds_tested += time.perf_counter() - started
 
 
@@ -141,16 +162,34 @@ def _reached(device: torch.device) -> torch.cuda.Event | None:
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
-def _wait(request: MPI.Request, last_kernel: torch.cuda.Event | None) -> float:
-    """Wait for a request; return the seconds that passed after the last kernel that the device was given."""
-    idle_since = time.perf_counter() if last_kernel is None else None
-    if last_kernel is None:
-        request.Wait()
-    else:
+class _Idle:
+    """How long a device has had nothing to do, as far as one has looked.
+
+    Parameters
+    ----------
+    last_kernel : torch.cuda.Event or None
+        When a GPU has done all that it was given; None for the CPU, which waits itself.
+    """
+
+    def __init__(self, last_kernel: torch.cuda.Event | None) -> None:
+        self._last_kernel = last_kernel
+        self._since: float | None = None
+        self.look()
+
+    def look(self) -> None:
+        if self._since is None and (self._last_kernel is None or self._last_kernel.query()):
+            self._since = time.perf_counter()
+
+    def wait(self, request: MPI.Request) -> None:
+        """Wait for a request."""
+        if self._last_kernel is None:
+            request.Wait()
+            return
         while not request.Test():
-            if idle_since is None and last_kernel.query():
-                idle_since = time.perf_counter()
-    return 0.0 if idle_since is None else time.perf_counter() - idle_since
+            self.look()
+
+    def seconds(self) -> float:
+        return 0.0 if self._since is None else time.perf_counter() - self._since
 
 
 def start_alltoallv(
@@ -223,9 +262,10 @@ def start_alltoallv(
         return request
 
     pending = Pending(begin, send, recv, device, ready, what)
-    if not when_ready and ready is not None:
-        ready.synchronize()
-    Pending.start_ready()
+    if when_ready:
+        Pending.start_ready()
+    else:
+        Pending.start_all()
     return pending
 
 

@@ -52,6 +52,7 @@ def exchange_points(counts: Sequence[int], max_bytes: int, launch: Launch) -> li
         for transport in transports
         for size in sizes
         if not (operation in _OTHERS and transport == "staged")
+        and not (operation == "mpi_alltoall" and size < count * _ROW_BYTES)  # not a row for each
     ]
 
 
@@ -78,17 +79,19 @@ class ExchangePoint:
         after = [count if other > launch.rank else 0 for other in range(launch.size)]
         nowhere = [0] * launch.size
         send, starts, receive, offered = others, nowhere, others, count
+        not_received = 0  # what a rank has itself
         if point["operation"] in ("rows", "rows_back"):
             send, receive = after, before
         elif point["operation"] == "alltoall":
             parts = [count * rank // launch.size for rank in range(launch.size + 1)]
             send = [parts[rank + 1] - parts[rank] for rank in range(launch.size)]
             starts, receive = parts[:-1], [send[launch.rank]] * launch.size
+            not_received = send[launch.rank]
         self._count, self._send, self._starts, self._receive = count, send, starts, receive
         gather = RowGather(launch.comm, send, starts, receive)
         mine = self._rows(launch.rank, offered)
         self._operation: Operation
-        self._received_bytes = sum(receive) * _ROW_BYTES
+        self._received_bytes = (sum(receive) - not_received) * _ROW_BYTES
         self._expected: Operation = self._expected_rows
         if point["operation"] == "copy":
             self._set_copy(mine)

@@ -23,7 +23,7 @@ import torch
 
 from longnet_hpc.comm import agreed, allgather_objects, barrier
 from longnet_hpc.comm.launch import Launch
-from longnet_hpc.compute import Compute
+from longnet_hpc.compute import Compute, memory_there
 from longnet_hpc.config import LongNetConfig, OptimizerConfig
 from longnet_hpc.config_file import write_toml
 from longnet_hpc.cross_entropy import cross_entropy
@@ -76,6 +76,22 @@ SIZES = {
     "cpu": Sizes((64, 128, 256, 512, 1024), (16, 32, 64, 128), 1 << 12, 1 << 13, 4, 1 << 13, 5),
 }
 """By the kind of device."""
+_MEMORY_OF_SIZES = 70e9
+"""Bytes of a GPU that those are made for; with less, there are fewer tokens."""
+
+
+def _sizes_for(device: torch.device) -> Sizes:
+    """Return the shapes for a device: fewer tokens where a GPU has less memory than those are made for."""
+    sizes = SIZES[device.type]
+    share = min(1.0, memory_there(device) / _MEMORY_OF_SIZES)
+    if device.type != "cuda" or share == 1.0:
+        return sizes
+    return replace(
+        sizes,
+        block_tokens=max(1 << 15, int(sizes.block_tokens * share)),
+        attention_tokens=max(1 << 15, int(sizes.attention_tokens * share)),
+        logit_tokens=max(1 << 15, int(sizes.logit_tokens * share)),
+    )
 
 
 def calibrate(config: CalibrateConfig, launch: Launch) -> Machine:
@@ -223,7 +239,7 @@ class _Bench:
         self.launch, self.device, self.comm, self.measures = launch, launch.device, comm, measures
         self.on_gpu = self.device.type == "cuda"
         self.compute = Compute(config, launch, LongNetConfig(embed_dim=64, heads=1, layers=1), 1 << 15)
-        self.sizes = SIZES[self.device.type]
+        self.sizes = _sizes_for(self.device)
         self.spread = 0.0
 
     def seconds(self, *functions: Callable[[], object]) -> list[float]:
@@ -307,8 +323,9 @@ class _Bench:
     def _both_ways(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tuple[float, float]:
         """Return the time of a function, and of it with its gradient."""
         x.requires_grad_()
-        with self.compute.autocast():
-            dout = torch.ones_like(function(x))
+        if self.measures:  # the memory of a device that ranks share is for the one that measures
+            with self.compute.autocast():
+                dout = torch.ones_like(function(x))
 
         def forward() -> None:
             with torch.no_grad(), self.compute.autocast():

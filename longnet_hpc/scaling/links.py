@@ -18,7 +18,9 @@ from longnet_hpc.scaling.machine import Link
 
 __all__ = ["Links", "measure_links", "pairs_between", "pairs_within"]
 
-_SMALL_BYTES, _LARGE_BYTES = 1 << 10, 1 << 24
+_SMALL_BYTES = 1 << 10
+_LARGE_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Large enough that latency does not count."""
 _REPEATS = 9
 _COPY_LATENCY_SECONDS = 2e-6
 
@@ -94,8 +96,9 @@ def _ranks_of(nodes: Sequence[str]) -> list[list[int]]:
 
 def _link(launch: Launch, pairs: Sequence[Pair]) -> Link:
     to, source = pairs[launch.rank]
-    small, large = (_pair_seconds(launch, to, source, count) for count in (_SMALL_BYTES, _LARGE_BYTES))
-    return Link(small, (_LARGE_BYTES - _SMALL_BYTES) / max(large - small, 1e-9))
+    most = _LARGE_BYTES[launch.device.type]
+    small, large = (_pair_seconds(launch, to, source, count) for count in (_SMALL_BYTES, most))
+    return Link(small, (most - _SMALL_BYTES) / max(large - small, 1e-9))
 
 
 def _exchange(launch: Launch, to: int | None, source: int | None, data: torch.Tensor) -> torch.Tensor:
@@ -126,9 +129,9 @@ def _overlap(launch: Launch) -> float:
     assert comm is not None
     partner = launch.rank ^ 1
     valid = partner < launch.size
-    data = torch.zeros(_LARGE_BYTES // 1024, 1024, dtype=torch.uint8, device=launch.device)
+    data = torch.zeros(_LARGE_BYTES[launch.device.type] // 1024, 1024, dtype=torch.uint8, device=launch.device)
     counts = [len(data) if valid and other == partner else 0 for other in range(comm.size)]
-    width = 1024 if launch.device.type == "cpu" else 8192
+    width = 1024 if launch.device.type == "cpu" else 2048  # whose products take about as long as the exchange
     a = torch.ones(width, width, device=launch.device)
 
     def timed(exchanges: bool, computes: bool) -> float:
@@ -153,7 +156,7 @@ def _overlap(launch: Launch) -> float:
 
 
 def _copy_rate(device: torch.device) -> float:
-    data = torch.zeros(_LARGE_BYTES, dtype=torch.uint8, device=device)
+    data = torch.zeros(_LARGE_BYTES[device.type], dtype=torch.uint8, device=device)
     times = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -161,4 +164,4 @@ def _copy_rate(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
-    return _LARGE_BYTES / statistics.median(times)
+    return _LARGE_BYTES[device.type] / statistics.median(times)
