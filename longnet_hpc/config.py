@@ -197,6 +197,12 @@ class ComputeConfig:
     """How GPU memory travels between ranks: by a CUDA-aware MPI (direct) or through host memory (staged)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
+    watchdog_seconds: float = field(default=600.0, metadata=THIS_CALL_ONLY)
+    """Silence of a rank after which the job is ended, in seconds; 0 means never."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.watchdog_seconds < math.inf:
+            raise ConfigError(f"watchdog_seconds must be at least 0 and finite, got {self.watchdog_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +265,7 @@ class TrainConfig(ComputeConfig):
     """Steps after which all ranks compare their weights, as before each checkpoint, in steps."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "seq_len", "batch_size", "accumulation", "steps", "save_every", "keep", "stop_at")
         at_least(self, 1, "compare_every")
         at_least(self, 1, "chunk_len")
@@ -328,6 +335,7 @@ class EvalConfig(ComputeConfig):
     """Folder of the results, replaced if it has any. None means one near the checkpoint, after corpus and step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
         at_least(self, 0, "stop_after")
         if self.stream and (self.batch_size != 1 or self.max_batches is not None):
@@ -368,6 +376,7 @@ class GenerateConfig(ComputeConfig):
     """Length of the pieces in which the prompt is read, in tokens: longer ones take more memory, shorter more time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "max_new_tokens", "samples", "top_k", "chunk_len")
         if not 0.0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from longnet_hpc.life import life
+
 __all__ = ["bytes_bar", "steps_bar"]
 
 
@@ -37,13 +39,21 @@ def steps_bar(rank: int, what: str, total: int, done: int = 0, unit: str = "step
     callable
         Call it after each step with the word about it.
     """
+    around = life.at
     with tqdm(total=total, initial=done, desc=what, unit=unit, disable=rank != 0, **_terminal()) as bar:
 
         def update(word: str) -> None:
+            nonlocal done
+            done += 1
+            life.at = f"{what}, {unit} {done + 1}"
             bar.set_postfix_str(word, refresh=False)
             bar.update()
 
-        yield update
+        life.at = f"{what}, {unit} {done + 1}"
+        try:
+            yield update
+        finally:
+            life.at = around
 
 
 @contextmanager

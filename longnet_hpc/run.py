@@ -63,6 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from longnet_hpc.comm import agree
     from longnet_hpc.comm.launch import start
     from longnet_hpc.comm.meeting import Meeting
+    from longnet_hpc.comm.watchdog import watched
     from longnet_hpc.trace_file import traced
 
     try:
@@ -79,7 +80,8 @@ def main(words: Sequence[str] | None = None) -> int:
     _log_on(launch)
     try:
         agree(launch.comm, mistake)
-        with traced(getattr(config, "trace", None), launch):
+        patience = getattr(config, "watchdog_seconds", 0.0)
+        with watched(launch.comm, patience), traced(getattr(config, "trace", None), launch):
             _COMMANDS[command](config, launch)
     except StoppedError as stopped:
         if launch.rank == 0:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from longnet_hpc.errors import LongNetError, ShapeError
+from longnet_hpc.life import life
 from longnet_hpc.trace import span
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def node_rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
         return 0, 1
     from mpi4py import MPI
 
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    with life.waiting_for("who is on a node"):
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     place = node.rank, node.size
     node.Free()
     return place
@@ -47,20 +49,24 @@ def node_rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
 def barrier(comm: MPI.Comm | None) -> None:
     """Wait for all ranks. Collective."""
     if comm is not None:
-        with span("wait", "barrier"):
+        with span("wait", "barrier"), life.waiting_for("barrier"):
             comm.Barrier()
 
 
 def broadcast_object(comm: MPI.Comm | None, value: T, root: int = 0) -> T:
     """Return the value that ``root`` passed. Collective; the value must pickle."""
-    return value if comm is None else comm.bcast(value, root=root)
+    if comm is None:
+        return value
+    with life.waiting_for("broadcast"):
+        theirs: T = comm.bcast(value, root=root)
+    return theirs
 
 
 def allgather_objects(comm: MPI.Comm | None, value: T) -> list[T]:
     """Return the values of all ranks in rank order. Collective; the values must pickle."""
     if comm is None:
         return [value]
-    with span("wait", "agreement"):
+    with span("wait", "agreement"), life.waiting_for("agreement"):
         return comm.allgather(value)
 
 
@@ -74,9 +80,12 @@ def collect_objects(comm: MPI.Comm | None, value: T) -> Iterator[T]:
         yield value
         for other in range(1, size):
             assert comm is not None
-            yield comm.recv(source=other)
+            with life.waiting_for(f"what rank {other} sends"):
+                theirs = comm.recv(source=other)
+            yield theirs
     elif comm is not None:
-        comm.send(value, dest=0)
+        with life.waiting_for("rank 0 to receive"):
+            comm.send(value, dest=0)
 
 
 def agree(comm: MPI.Comm | None, error: BaseException | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from longnet_hpc.life import life
 from longnet_hpc.partition import communicator_rounds
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Groups:
             assert len(own) <= 1
             from mpi4py import MPI
 
-            made = self._comm.Split(own[0] if own else MPI.UNDEFINED, key=self._comm.rank)
+            with life.waiting_for("groups of ranks"):
+                made = self._comm.Split(own[0] if own else MPI.UNDEFINED, key=self._comm.rank)
             if own:
                 self._mine[members[own[0]]] = made
         self._known.update(missing)

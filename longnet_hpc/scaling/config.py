@@ -131,6 +131,7 @@ class BenchConfig(ComputeConfig, _StepConfig):
     """File for a trace of all ranks, to be seen in Perfetto or Chrome."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "batch_size", "tokens", "repeats", "max_bytes")
         at_least(self, 0, "warmup")
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):

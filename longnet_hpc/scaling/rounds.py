@@ -15,6 +15,7 @@ import torch
 
 from longnet_hpc.comm import allgather_objects, barrier
 from longnet_hpc.comm.launch import Launch
+from longnet_hpc.life import life
 from longnet_hpc.trace import CATEGORIES, IDLE, Trace, current
 from longnet_hpc.trace_file import summary_of
 
@@ -45,8 +46,9 @@ def rest_until_all(launch: Launch) -> None:
     if launch.comm is None:
         return
     request = launch.comm.Ibarrier()
-    while not request.Test():
-        time.sleep(_NAP_SECONDS)
+    with life.waiting_for("rest"):
+        while not request.Test():
+            time.sleep(_NAP_SECONDS)
 
 
 @contextmanager
