@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
 from longnet_hpc.errors import CheckpointError, ConfigError
 from longnet_hpc.files import naming_errors, replace_file
+from longnet_hpc.words import one_line
 
 __all__ = [
     "FOLDER",
@@ -40,6 +41,10 @@ FORMAT_VERSION = 3
 FOLDER = "checkpoints"
 """Folder of the checkpoints within the folder of a run."""
 
+MAX_HEADER_BYTES = 1 << 24
+"""Longest header of a checkpoint: names, shapes and checksums of its tensors."""
+
+_DESCRIPTION = {"step": int, "batch_index": int, "order": dict, "model": dict, "checksums": dict, "kinds": dict}
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -154,6 +159,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "order": asdict(checkpoint.order),
         "model": dict(checkpoint.model),
         "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+        "kinds": {name: _kind(tensor) for name, tensor in tensors.items()},
     }
 
     def write(partial: Path) -> None:
@@ -192,15 +198,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     CheckpointError
         If the file is missing, damaged, or no checkpoint of this version.
     """
-    kinds = (OSError, SafetensorError, json.JSONDecodeError)
-    with naming_errors(f"cannot read checkpoint {path}", kinds, CheckpointError), safe_open(path, "pt") as file:
-        about = _about(path, file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    if about["checksums"].keys() != tensors.keys():
-        raise CheckpointError(f"checkpoint {path} is damaged: tensors are missing")
+    with naming_errors(f"cannot read checkpoint {path}", (OSError, SafetensorError), CheckpointError):
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"cannot read checkpoint {path}: its header states {header_bytes} bytes")
+        with safe_open(path, "pt") as file:
+            about = _about(path, file.metadata() or {})
+            if about["checksums"].keys() != set(file.keys()):
+                raise CheckpointError(f"checkpoint {path} is damaged: tensors are missing")
+            tensors = {name: file.get_tensor(name) for name in about["checksums"]}
+    kinds = about.get("kinds", {})  # those of earlier versions have none
     for name, tensor in tensors.items():
-        if _checksum(tensor) != about["checksums"][name]:
-            raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {name} does not fit")
+        if kinds.get(name, _kind(tensor)) != _kind(tensor) or _checksum(tensor) != about["checksums"][name]:
+            raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {one_line(name)} does not fit")
     order = DataOrder(**about["order"])
     return Checkpoint(about["step"], about["batch_index"], order, about["model"], tensors)
 
@@ -237,11 +248,23 @@ def load_latest(folder: Path, tell: Callable[[str], object]) -> Checkpoint:
 def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return what a checkpoint says of itself, having verified it."""
     text = metadata.get("longnet_hpc", "null")
-    about = json.loads(text)
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: its description is not JSON") from error
     if not isinstance(about, dict) or (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION}")
     if metadata.get("checksum") != xxhash.xxh3_64_hexdigest(text.encode()):
         raise CheckpointError(f"checkpoint {path} is damaged: the checksum of its description does not fit")
+    for key, kind in _DESCRIPTION.items():
+        if type(about.get(key, {} if key == "kinds" else None)) is not kind:
+            raise CheckpointError(f"{path} is no checkpoint: its {key} is missing or of the wrong type")
+    for key in ("step", "batch_index"):
+        if not 0 <= about[key] < 2**63:
+            raise CheckpointError(f"{path} is no checkpoint: its {key} must be 0 to 2**63 - 1")
+    order = {key: type(value).__name__ for key, value in about["order"].items()}
+    if order != {field.name: field.type for field in fields(DataOrder)}:
+        raise CheckpointError(f"{path} is no checkpoint: its order is not that of batches")
     return about
 
 
@@ -257,6 +280,11 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Return number format and shape, which the checksum of the bytes says nothing of."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _checksum(tensor: torch.Tensor) -> str:

@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from longnet_hpc.errors import ConfigError
+from longnet_hpc.words import one_line, short
 
 __all__ = ["CONFIG_NAME", "flat_table", "from_table", "read_toml", "to_table", "write_toml"]
 
 CONFIG_NAME = "config.toml"
 """Name of the resolved config in the folder of a run."""
+
+MAX_TOML_BYTES = 1 << 20
+"""Longest TOML file that is read."""
+
+_LONGEST_VALUE = 100
 
 T = TypeVar("T")
 
@@ -31,11 +37,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         If the file cannot be read or is not TOML; names the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(MAX_TOML_BYTES + 1)
+        if len(content) > MAX_TOML_BYTES:
+            raise ConfigError(f"config file {path} is longer than {MAX_TOML_BYTES} bytes")
+        return tomllib.loads(content.decode())
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    except ConfigError:
+        raise
     except ValueError as error:  # not TOML, or not UTF-8
-        raise ConfigError(f"config file {path} is not TOML: {error}") from error
+        raise ConfigError(f"config file {path} is not TOML: {one_line(str(error))}") from error
+    except RecursionError as error:
+        raise ConfigError(f"config file {path} is nested too deeply") from error
 
 
 def from_table(table: Mapping[str, Any], default: T, where: str = "") -> T:
@@ -63,9 +77,9 @@ def from_table(table: Mapping[str, Any], default: T, where: str = "") -> T:
     changes = {}
     for key, value in table.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(short(key, _LONGEST_VALUE), known, n=1)
             hint = f", did you mean {where}{close[0]}?" if close else f", must be one of {', '.join(sorted(known))}"
-            raise ConfigError(f"config key {where}{key} does not exist{hint}")
+            raise ConfigError(f"config key {where}{one_line(key, _LONGEST_VALUE)} does not exist{hint}")
         old = getattr(default, key)
         if is_dataclass(hints[key]) and isinstance(value, Mapping):
             changes[key] = from_table(value, old, f"{where}{key}.")
@@ -106,6 +120,8 @@ def _in_files(field: Field) -> bool:
 
 def _checked(value: Any, kind: Any, key: str) -> Any:
     """Return a value of TOML as the type of its field."""
+    if type(value) is int and not -(2**63) <= value < 2**63:  # TOML's own limit, which Python's reader does not keep
+        raise ConfigError(f"config key {key} must be -2**63 to 2**63 - 1, got {_shown(value)}")
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         # None cannot be written in TOML, so an optional field holds the other type.
@@ -113,7 +129,7 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise ConfigError(f"config key {key} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        raise ConfigError(f"config key {key} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
     if origin is tuple and isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments)):
         return tuple(_checked(item, arguments[0], key) for item in value)
     if kind is Path and isinstance(value, str) and "\0" not in value:
@@ -122,7 +138,16 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
         return float(value)
     if kind is not float and type(value) is kind:
         return value
-    raise ConfigError(f"config key {key} must be {_name_of(kind)}, got {value!r}")
+    raise ConfigError(f"config key {key} must be {_name_of(kind)}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return short(repr(value), _LONGEST_VALUE)
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        return "a number too long to show"
+    except RecursionError:
+        return "tables nested too deeply"
 
 
 def _name_of(kind: Any) -> str:

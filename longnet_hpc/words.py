@@ -10,6 +10,7 @@ __all__ = [
     "flop_rate_in_words",
     "joined",
     "number_in_words",
+    "one_line",
     "percent",
     "plural",
     "rate_in_words",
@@ -93,6 +94,12 @@ def joined(words: Iterable[str], most: int = 6) -> str:
 def short(text: str, most: int) -> str:
     """Return text, cut to a number of letters."""
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Return text that comes from a file, cut to a number of letters, so that a terminal shows it in one line."""
+    letters = short(" ".join(text.split()), most)
+    return "".join(its if its.isprintable() else ascii(its)[1:-1] for its in letters)
 
 
 def runs_of(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -208,7 +208,7 @@ def foreign(path):
         (set_attribute("num_tokens", 2661), "tokens has 2660 values, must have 2661"),
         (set_attribute("num_tokens", 0), "num_tokens is 0, must be 1 to"),
         (set_attribute("vocab_size", 300), "tokenizer bytes of 300 tokens has no tokenizer_json"),
-        (sparse_tokens, "tokens states 1125899906842624 bytes, but 3072 are stored"),
+        (sparse_tokens, "tokens states 1125899906842624 bytes in chunks of 512, the file has [0-9]+"),
         (replace_dataset("chunk_checksums", np.zeros(5, np.uint64)), "chunk_starts has 7 values, must have 6"),
         (replace_dataset("chunk_starts", np.array([0, 5, 4, 3, 2, 1, 2660])), "do not rise from 0 to 2660"),
         (replace_dataset("chunk_starts", np.array([0, 5, 5, 30, 40, 50, 2660])), "chunks have 0 to 2610 tokens"),

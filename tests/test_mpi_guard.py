@@ -40,9 +40,7 @@ def test_bit_that_flips_on_one_rank_ends_the_run_at_a_good_checkpoint(comm, corp
     rank, folder = comm.size - 1, shared_tmp_path / "run"
     if comm.rank == rank:
         monkeypatch.setattr(Trainer, "update", after(3, flip_bit))
-    said = (
-        f"after step 4: rank {rank if comm.size > 2 else '[01]'} in .*; .*the last checkpoint .*step-00000002"
-    )
+    said = f"after step 4: rank {rank if comm.size > 2 else '[01]'} in .*; .*the last checkpoint .*step-00000002"
     with pytest.raises(RanksDifferError, match=said):
         train(config(folder=folder, steps=6, save_every=2), launch_of(comm), corpus.path)
     comm.Barrier()

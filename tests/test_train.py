@@ -175,9 +175,7 @@ def test_divergence_is_told_with_the_knob_and_updates_nothing(corpus_path):
         with torch.no_grad():
             trainer.model.norm.weight.fill_(torch.nan)
         before = copy.deepcopy(trainer.model.state_dict())
-        with pytest.raises(
-            NonFiniteError, match=r"in step 1: .*; rank 0: loss, gradient .* lower .*rate \(0\.003\)"
-        ):
+        with pytest.raises(NonFiniteError, match=r"in step 1: .*; rank 0: loss, gradient .* lower .*rate \(0\.003\)"):
             trainer.step()
         trainer.close()
     assert all(torch.equal(before[k].nan_to_num(), v.nan_to_num()) for k, v in trainer.model.state_dict().items())

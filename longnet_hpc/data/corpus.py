@@ -14,8 +14,10 @@ shard_names             bytes   num_shards          files that store the tokens;
 shard_starts            int64   num_shards + 1      first token of each shard, and the number of tokens
 ======================  ======  ==================  ===========================================================
 
-Attributes of the root: format, format_version, tokenizer, vocab_size, num_tokens, num_bytes. In a corpus written by
-several ranks, ``tokens`` is a virtual dataset over shards in the same folder; each shard is itself a corpus.
+Attributes of the root: format, format_version, tokenizer, vocab_size, num_tokens, num_bytes; integers, and strings of
+fixed length. In a corpus written by several ranks, ``tokens`` is a virtual dataset over shards in the same folder; each
+shard is itself a corpus. What no corpus has is refused before HDF5 is asked to read it: links to other files, filters,
+strings of variable length, lengths beyond the size of the file.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from longnet_hpc.data.chunk_index import has_sound_index
 from longnet_hpc.data.failures import HDF5_ERRORS, corpus_errors
-from longnet_hpc.data.tokenizer import BytesTokenizer, JsonTokenizer, Tokenizer
+from longnet_hpc.data.tokenizer import MAX_TOKENIZER_BYTES, BytesTokenizer, JsonTokenizer, Tokenizer
 from longnet_hpc.errors import CorpusError
+from longnet_hpc.words import one_line
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "MAX_CHUNK_TOKENS", "Corpus", "shard_names"]
 
@@ -51,6 +55,8 @@ MAX_CHUNK_TOKENS = 1 << 28
 
 MAX_OPEN_SHARDS = 64
 """Most shards that one process keeps open."""
+
+_MOST_ATTRIBUTE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,11 @@ class Corpus:
         self.num_bytes = self._count("num_bytes", limit=1 << 62)
         self._parts = self._find_parts()
         self.dtype = self._check_parts()
-        self.chunk_checksums = self._read_column("chunk_checksums", np.uint64)
-        self.chunk_starts = self._read_offsets("chunk_starts", self.num_tokens, len(self.chunk_checksums))
+        chunks = self._column("chunk_checksums", np.uint64)
+        if not 1 <= chunks.size <= self.num_tokens:
+            raise CorpusError(f"{self.path}: {self.num_tokens} tokens in {chunks.size} chunks, must be 1 to as many")
+        self.chunk_checksums = chunks[()]
+        self.chunk_starts = self._read_offsets("chunk_starts", self.num_tokens, chunks.size)
         lengths = np.diff(self.chunk_starts)
         if lengths.min() < 1 or lengths.max() > MAX_CHUNK_TOKENS:
             raise CorpusError(
@@ -254,11 +263,18 @@ class Corpus:
         return types.pop()
 
     def _load_tokenizer(self) -> Tokenizer:
-        name = _text(self._file, "tokenizer")
-        json = self._read_column("tokenizer_json", np.uint8).tobytes().decode(errors="replace")
+        name = _text(self.path, self._file, "tokenizer")
+        stored = self._column("tokenizer_json", np.uint8)
+        if stored.size > MAX_TOKENIZER_BYTES:
+            raise CorpusError(
+                f"{self.path}: tokenizer_json has {stored.size} bytes, must be {MAX_TOKENIZER_BYTES} at most"
+            )
+        json = stored[()].tobytes().decode(errors="replace")
         tokenizer = JsonTokenizer(name, self.vocab_size, json) if json else BytesTokenizer()
         if (tokenizer.name, tokenizer.vocab_size) != (name, self.vocab_size):
-            raise CorpusError(f"{self.path}: tokenizer {name} of {self.vocab_size} tokens has no tokenizer_json")
+            raise CorpusError(
+                f"{self.path}: tokenizer {one_line(name)} of {self.vocab_size} tokens has no tokenizer_json"
+            )
         return tokenizer
 
     def _count(self, name: str, limit: int) -> int:
@@ -296,7 +312,7 @@ def shard_names(path: Path) -> list[str]:
 
 
 def _shard_names(path: Path, file: h5py.File) -> list[str]:
-    if "shard_names" not in file:
+    if not file.id.links.exists(b"shard_names"):
         return []
     names = [os.fsdecode(name) for name in _dataset(path, file, "shard_names", np.bytes_, None)[()]]
     for name in names:
@@ -316,7 +332,7 @@ def _open(path: Path) -> h5py.File:
 
 
 def _version(path: Path, file: h5py.File) -> int:
-    if "format" not in file.attrs or _text(file, "format") != FORMAT:
+    if _attribute(file, "format") != FORMAT.encode():
         raise CorpusError(f"{path} is an HDF5 file but not a corpus: it has no attribute format = {FORMAT!r}")
     version = _integer(path, file, "format_version")
     if version != FORMAT_VERSION:
@@ -324,28 +340,65 @@ def _version(path: Path, file: h5py.File) -> int:
     return version
 
 
-def _text(file: h5py.File, attribute: str) -> str:
-    value = file.attrs[attribute]
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+def _attribute(file: h5py.File, name: str) -> Any:
+    """Return an attribute, None if there is none of a kind that a corpus has.
+
+    Others are not read: HDF5 can loop without end over a damaged heap of strings of variable length.
+    """
+    if name not in file.attrs:
+        return None
+    its = h5py.h5a.open(file.id, name.encode())
+    kind = its.get_type()
+    is_text = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+    if not (is_text or isinstance(kind, h5py.h5t.TypeIntegerID)) or its.shape != ():
+        return None
+    return file.attrs[name] if its.get_storage_size() <= _MOST_ATTRIBUTE_BYTES else None
+
+
+def _text(path: Path, file: h5py.File, attribute: str) -> str:
+    value = _attribute(file, attribute)
+    if not isinstance(value, bytes):
+        raise CorpusError(f"{path}: attribute {attribute} must be a string of fixed length")
+    return value.decode(errors="replace")
 
 
 def _integer(path: Path, file: h5py.File, attribute: str) -> int:
-    value = file.attrs.get(attribute)
+    value = _attribute(file, attribute)
     if not isinstance(value, np.integer):
-        raise CorpusError(f"{path}: attribute {attribute} must be an integer, is {value!r}")
+        raise CorpusError(f"{path}: attribute {attribute} must be an integer")
     return int(value)
 
 
 def _dataset(path: Path, file: h5py.File, name: str, kind: type[np.generic], size: int | None) -> h5py.Dataset:
-    """Return a dataset whose stated length is backed by stored bytes, so that it is safe to allocate."""
+    """Return a dataset of this file that is no longer than the file, so that it is safe to allocate."""
+    links = file.id.links
+    link = links.get_info(name.encode()) if links.exists(name.encode()) else None
+    if link is None or link.type != h5py.h5l.TYPE_HARD:  # others may lead to other files
+        raise CorpusError(f"{path}: dataset {name} is missing")
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1:
         raise CorpusError(f"{path}: dataset {name} is missing")
+    made = dataset.id.get_create_plist()
+    if made.get_nfilters() or made.get_external_count() or made.get_layout() == h5py.h5d.VIRTUAL:
+        raise CorpusError(f"{path}: dataset {name} has a filter, or lies in another file")
+    if made.get_layout() == h5py.h5d.CHUNKED:
+        with path.open("rb") as stream:
+            if not has_sound_index(stream, link.u):
+                raise CorpusError(f"{path}: dataset {name} has an index of its chunks that no corpus has")
+    try:
+        _ = dataset.dtype
+    except (TypeError, ValueError) as error:  # a type that NumPy does not have
+        raise CorpusError(f"{path}: dataset {name} has no type that can be read: {one_line(str(error))}") from error
     if not np.issubdtype(dataset.dtype, kind):
         raise CorpusError(f"{path}: dataset {name} has type {dataset.dtype}, not {kind.__name__}")
     if size is not None and dataset.size != size:
         raise CorpusError(f"{path}: dataset {name} has {dataset.size} values, must have {size}")
-    stored = dataset.id.get_storage_size()
-    if not dataset.nbytes <= stored <= path.stat().st_size:
-        raise CorpusError(f"{path}: dataset {name} states {dataset.nbytes} bytes, but {stored} are stored")
+    # How much of that is stored is not asked: for an answer HDF5 counts the chunks, and a damaged file can state 2**62.
+    # What is not stored would be zeros, and tokens that are none of the corpus fail their checksum.
+    chunk_bytes = dataset.chunks[0] * dataset.dtype.itemsize if dataset.chunks else 0
+    stated, there = dataset.nbytes, path.stat().st_size
+    if stated and max(stated, chunk_bytes) > there:
+        raise CorpusError(
+            f"{path}: dataset {name} states {stated} bytes in chunks of {chunk_bytes}, the file has {there}"
+        )
     return dataset

@@ -17,11 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longnet_hpc.errors import ConfigError
+from longnet_hpc.words import one_line
 
 __all__ = ["BytesTokenizer", "JsonTokenizer", "Tokenizer", "load_tokenizer"]
 
 BYTES = "bytes"
 """Name of the tokenizer that takes bytes for tokens."""
+
+MAX_TOKENIZER_BYTES = 1 << 26
+"""Largest file of a tokenizer, and largest one that travels in a corpus."""
 
 TEXT_BLOCK_CHARACTERS = 1 << 18
 """Largest piece of text that is tokenized at once; bounds memory."""
@@ -104,7 +108,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _encoder(self) -> Any:
-        encoder = _tokenizers().Tokenizer.from_str(self.json)
+        encoder = _parsed(self.name, self.json)
         encoder.no_truncation()
         encoder.no_padding()
         return encoder
@@ -153,17 +157,26 @@ def load_tokenizer(tokenizer: str | os.PathLike[str]) -> Tokenizer:
         return BytesTokenizer()
     path = Path(tokenizer)
     try:
-        json = path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_TOKENIZER_BYTES + 1)
+        json = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tokenizer must be 'bytes' or a JSON file, got {str(tokenizer)!r}: {error}") from error
-    package = _tokenizers()
-    try:
-        vocabulary = package.Tokenizer.from_str(json).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the package raises Exception itself
-        raise ConfigError(f"{path} is not a tokenizer of the tokenizers package: {error}") from error
+    if len(content) > MAX_TOKENIZER_BYTES:
+        raise ConfigError(f"tokenizer {path} is longer than {MAX_TOKENIZER_BYTES} bytes")
+    vocabulary = _parsed(str(path), json).get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise ConfigError(f"tokenizer {path} has an empty vocabulary; needs at least 1 token")
     return JsonTokenizer(path.name, max(vocabulary.values()) + 1, json)
+
+
+def _parsed(name: str, json: str) -> Any:
+    """Return the package's tokenizer of a file's content."""
+    package = _tokenizers()
+    try:
+        return package.Tokenizer.from_str(json)
+    except Exception as error:  # the package raises Exception itself
+        raise ConfigError(f"{name} is not a tokenizer of the tokenizers package: {one_line(str(error))}") from error
 
 
 def _tokenizers() -> Any:

@@ -11,8 +11,12 @@ from typing import Any, Literal, get_type_hints
 
 from longnet_hpc.config_file import from_table, read_toml
 from longnet_hpc.errors import ConfigError
+from longnet_hpc.words import short
 
 __all__ = ["Attention", "Blocks", "Link", "Machine", "load_machine", "machine_names"]
+
+
+_LONGEST_TEXT = 500
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,15 @@ class Machine:
     """Network between nodes."""
 
     def __post_init__(self) -> None:
+        for key in ("name", "source"):
+            if not getattr(self, key).isprintable() or len(getattr(self, key)) > _LONGEST_TEXT:
+                raise ConfigError(f"machine: {key} must be one line of up to {_LONGEST_TEXT} letters")
         for table, of in (("blocks", self.blocks), ("attention", self.attention)):
             keys, *rates = (getattr(of, field.name) for field in fields(of) if field.name != "wasted_keys")
             if not keys or list(keys) != sorted(set(keys)) or min(keys) < 1:
-                raise ConfigError(f"machine {self.name!r}: sizes of {table} must ascend from 1, got {list(keys)}")
+                raise ConfigError(
+                    f"machine {self.name!r}: sizes of {table} must ascend from 1, got {short(str(list(keys)), 100)}"
+                )
             for rate in rates:
                 if len(rate) != len(keys):
                     raise ConfigError(f"machine {self.name!r}: {table} needs {len(keys)} rates each, got {len(rate)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longnet_hpc.errors import ConfigError
-from longnet_hpc.record import check_record
+from longnet_hpc.record import check_record, lines_of
 from longnet_hpc.words import plural, short
 
 __all__ = ["Failure", "Found", "Row", "as_number", "load", "printable"]
@@ -195,18 +195,17 @@ def _read(path: Path, found: Found) -> list[tuple[str, dict[str, Any]]]:
     records, wrong, steps = [], dict[str, list[int]](), 0
     name = printable(str(path))
     try:
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
+        for number, line in lines_of(path):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line, parse_constant=_no_number)
+                if isinstance(value, dict) and "schema" not in value and type(value.get("step")) is int:
+                    steps += 1
                     continue
-                try:
-                    value = json.loads(line, parse_constant=_no_number)
-                    if isinstance(value, dict) and "schema" not in value and type(value.get("step")) is int:
-                        steps += 1
-                        continue
-                    records.append((f"{name}:{number}", _record(value)))
-                except (ValueError, RecursionError) as error:
-                    wrong.setdefault(_reason(error), []).append(number)
+                records.append((f"{name}:{number}", _record(value)))
+            except (ValueError, RecursionError) as error:
+                wrong.setdefault(_reason(error), []).append(number)
     except OSError as error:
         found.failures.append(Failure(name, f"cannot be read: {error.strerror or error}"))
     if steps:
