@@ -7,6 +7,7 @@ makes every dtype alike and keeps counts far below 2**31.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -31,6 +32,10 @@ __all__ = ["MAX_COUNT", "Pending", "start_alltoallv"]
 
 MAX_COUNT = 2**31 - 1
 """Largest count or displacement that every MPI takes, in rows."""
+MAX_LEFT = 16
+"""Exchanges that a rank which gets nothing from them goes on without, at most."""
+_SECONDS_AT_EXIT = 5.0
+"""How long the end of a process waits for ranks that are still to take what was sent to them, in seconds."""
 
 
 class Pending:
@@ -63,6 +68,8 @@ class Pending:
     """Keeps the buffers of an exchange that nobody finished, since MPI still writes to them."""
     _to_start: ClassVar[deque[Pending]] = deque()
     """Exchanges that are not ready, in the order in which all ranks made them: in that order they are started."""
+    _left: ClassVar[deque[Pending]] = deque()
+    """Exchanges that this rank got nothing from, and went on without; they are complete when all others have theirs."""
 
     def __init__(
         self,
@@ -92,19 +99,13 @@ class Pending:
         """Start what is ready, let MPI make progress; return whether the exchange is complete."""
         life.progress += 1
         self.start_ready()
-        if self._request is not None and not self._complete:  # the call, out of cache after a kernel, takes 10 us
-            started = time.perf_counter()
-            self._complete = bool(self._request.Test())
-            self.seconds_tested += time.perf_counter() - started
-            if self._complete and self._transfer is not None:
-                self._transfer.end()
-                self._transfer = None
-        return self._complete
+        return self._request_is_complete()
 
     def finish(self) -> torch.Tensor:
         """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device.
 
-        All exchanges that were made before are started first: other ranks may need them to come this far.
+        All exchanges that were made before are started first: other ranks may need them to come this far. A rank that
+        gets nothing does not wait until others, who may be behind, have taken what it sends.
         """
         idle = _Idle(_reached(self._device))
         while self._to_start:
@@ -113,21 +114,20 @@ class Pending:
                 self._to_start.popleft()._start()
             elif self._request is not None:
                 self._request.Test()
-        request = self._request
-        assert request is not None
-        traced = nullcontext() if self._transfer is None else span("wait", self._what)
-        with traced, life.waiting_for(f"exchange of {self._what}"):
-            idle.wait(request)
+        if self.bytes_received:
+            self._wait(idle)
+        else:
+            self._left.append(self)
+            if len(self._left) > MAX_LEFT:
+                self._left.popleft()._wait(idle)
         self.seconds_waited = idle.seconds()
-        if self._transfer is not None:
-            self._transfer.end()
-        self._sendbuf = None
-        self._in_flight.discard(self)
         return self._recvbuf.to(self._device, non_blocking=True)
 
     @classmethod
     def start_ready(cls) -> None:
         """Start the exchanges that are ready, up to the first that is not."""
+        while cls._left and cls._left[0]._request_is_complete():
+            cls._left.popleft()._release()
         while cls._to_start and cls._to_start[0]._is_ready():
             cls._to_start.popleft()._start()
 
@@ -145,6 +145,39 @@ class Pending:
         """Return what the exchanges send that are not finished; any thread may ask."""
         return [its._what for its in list(cls._in_flight)]
 
+    @classmethod
+    def finish_left(cls) -> None:
+        """Wait, but not for long, until other ranks have taken what they were sent."""
+        deadline = time.monotonic() + _SECONDS_AT_EXIT
+        while cls._left and time.monotonic() < deadline:
+            cls.start_ready()
+
+    def _request_is_complete(self) -> bool:
+        if self._request is not None and not self._complete:  # the call, out of cache after a kernel, takes 10 us
+            started = time.perf_counter()
+            self._complete = bool(self._request.Test())
+            self.seconds_tested += time.perf_counter() - started
+            if self._complete and self._transfer is not None:
+                self._transfer.end()
+                self._transfer = None
+        return self._complete
+
+    def _wait(self, idle: _Idle) -> None:
+        """Wait for the request of an exchange that was started."""
+        assert self._request is not None
+        traced = nullcontext() if self._transfer is None else span("wait", self._what)
+        with traced, life.waiting_for(f"exchange of {self._what}"):
+            idle.wait(self._request)
+        self._release()
+
+    def _release(self) -> None:
+        """Give up what a complete exchange held."""
+        if self._transfer is not None:
+            self._transfer.end()
+            self._transfer = None
+        self._sendbuf = None
+        self._in_flight.discard(self)
+
     def _is_ready(self) -> bool:
         return self._ready is None or self._ready.query()
 
@@ -155,6 +188,10 @@ class Pending:
         self._request = self._begin()
         self._begin = None  # it holds the buffers
         self.seconds_tested += time.perf_counter() - started
+
+
+# MPI is ended after this.
+atexit.register(Pending.finish_left)
 
 
 def _reached(device: torch.device) -> torch.cuda.Event | None:
