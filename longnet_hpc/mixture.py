@@ -97,7 +97,7 @@ def mix(
             for columns, rows in exchange.unpack(received[-1]).items():
                 pairs = row_grids(branch, exchange.layout.piece, columns, heads, kv_heads, rows[0].shape[1])
                 attend(backend, q, *rows, pairs, total, causal=False, scale=scale, first=False, progress=progress)
-        plan.count_seconds(flights)
+        plan.count_seconds(exchanges, flights, back=False)
         return *total.result(), received
 
 
@@ -154,7 +154,7 @@ def mix_backward(
             exchange.finish_adjoint(flight, k, dk, dv)
         if add_given_back is not None:
             add_given_back(dk, dv)
-        plan.count_seconds(flights)
+        plan.count_seconds(exchanges, flights, back=True)
         grads = dk.result(), dv.result()  # first, since the memory of their parts serves the next
         return dq.result(), *grads
 

@@ -144,7 +144,8 @@ def test_rank_that_gets_nothing_goes_on_before_others_have_taken_its_rows(comm):
         assert sends or (received == number).all()
     assert len(buffers.Pending._left) <= buffers.MAX_LEFT
     buffers.Pending.finish_left()
-    assert not buffers.Pending._left and not buffers.Pending._in_flight
+    assert not buffers.Pending._left
+    assert not buffers.Pending._in_flight
     own_comm.Free()
 
 

@@ -8,6 +8,7 @@ makes every dtype alike and keeps counts far below 2**31.
 from __future__ import annotations
 
 import atexit
+import math
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -62,6 +63,9 @@ class Pending:
         Seconds that the start and `test` spent in MPI, driving the exchange between kernels.
     seconds_waited : float
         Seconds that the device had nothing to do while `finish` waited.
+    started, idle_since, finished : float
+        When MPI was given the exchange, when the device had nothing more to do, and when what was received was there,
+        in seconds of `time.perf_counter`; infinity for what has not happened, or not before the end.
     """
 
     _in_flight: ClassVar[set[Pending]] = set()
@@ -91,6 +95,7 @@ class Pending:
         self._ready = ready
         self.seconds_tested = 0.0
         self.seconds_waited = 0.0
+        self.started = self.idle_since = self.finished = math.inf
         self.bytes_received = recvbuf.numel() * recvbuf.element_size()
         self._in_flight.add(self)
         self._to_start.append(self)
@@ -120,7 +125,9 @@ class Pending:
             self._left.append(self)
             if len(self._left) > MAX_LEFT:
                 self._left.popleft()._wait(idle)
-        self.seconds_waited = idle.seconds()
+        self.finished = time.perf_counter()
+        self.idle_since = idle.since
+        self.seconds_waited = max(0.0, self.finished - idle.since)
         return self._recvbuf.to(self._device, non_blocking=True)
 
     @classmethod
@@ -184,10 +191,10 @@ class Pending:
     def _start(self) -> None:
         assert self._begin is not None
         self._transfer = transfer(self._what)
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         self._request = self._begin()
         self._begin = None  # it holds the buffers
-        self.seconds_tested += time.perf_counter() - started
+        self.seconds_tested += time.perf_counter() - self.started
 
 
 # MPI is ended after this.
@@ -200,22 +207,27 @@ def _reached(device: torch.device) -> torch.cuda.Event | None:
 
 
 class _Idle:
-    """How long a device has had nothing to do, as far as one has looked.
+    """Since when a device has had nothing to do, as far as one has looked.
 
     Parameters
     ----------
     last_kernel : torch.cuda.Event or None
         When a GPU has done all that it was given; None for the CPU, which waits itself.
+
+    Attributes
+    ----------
+    since : float
+        Infinity while it has something to do.
     """
 
     def __init__(self, last_kernel: torch.cuda.Event | None) -> None:
         self._last_kernel = last_kernel
-        self._since: float | None = None
+        self.since = math.inf
         self.look()
 
     def look(self) -> None:
-        if self._since is None and (self._last_kernel is None or self._last_kernel.query()):
-            self._since = time.perf_counter()
+        if self.since == math.inf and (self._last_kernel is None or self._last_kernel.query()):
+            self.since = time.perf_counter()
 
     def wait(self, request: MPI.Request) -> None:
         """Wait for a request."""
@@ -224,9 +236,6 @@ class _Idle:
             return
         while not request.Test():
             self.look()
-
-    def seconds(self) -> float:
-        return 0.0 if self._since is None else time.perf_counter() - self._since
 
 
 def start_alltoallv(
