@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from longnet_hpc import dilated_attention
 from longnet_hpc.comm import all_reduce_sum, transport
+from longnet_hpc.comm.buffers import start_alltoallv
 from longnet_hpc.gelu_norm import gelu_norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -174,6 +175,28 @@ def test_ranks_on_gpus_equal_the_oracle(comm, dtype, way, monkeypatch):
         assert_all_close(comm, zip(actual, expected, strict=True), TOLERANCE[dtype])
     total = all_reduce_sum(comm, torch.full((3,), comm.rank + 1.0, device="cuda", dtype=dtype))
     assert_all_close(comm, [(total.cpu(), torch.full((3,), comm.size * (comm.size + 1) / 2).to(dtype))], 0.0)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_exchange_is_over_before_kernels_that_were_launched_after_its_rows(comm):
+    """On CUDA's default stream it would wait for them: a rank computes on another (see `launch`)."""
+    if transport.decide_transport(comm) is not transport.Transport.DIRECT:
+        pytest.skip("this MPI does not take device memory")
+    torch.cuda.set_device(comm.rank % torch.cuda.device_count())
+    counts, starts = [4096] * comm.size, [0] * comm.size
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rows = torch.full((4096, 64), float(comm.rank), device="cuda")
+        for warmed_up in (False, True):
+            comm.Barrier()
+            pending = start_alltoallv(comm, rows, counts, starts, counts, when_ready=True)
+            kernel = torch.cuda.Event()
+            torch.cuda._sleep(10**9)  # more than half a second
+            kernel.record()
+            while not pending.test():
+                assert not (warmed_up and kernel.query())
+            torch.cuda.synchronize()
+        received = pending.finish().view(comm.size, -1).cpu()
+    assert (received == torch.arange(float(comm.size)).unsqueeze(1)).all()
 
 
 def check_close(x, pattern, **options):
