@@ -17,6 +17,7 @@ _HOMES = {
     "Pattern": "longnet_hpc.pattern",
     "SequencePlan": "longnet_hpc.sequence_plan",
     "dilated_attention": "longnet_hpc.parallel",
+    "scaled_dot_product_attention": "longnet_hpc.functional",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -18,6 +18,7 @@ from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.dropout import position_dropout
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
 from longnet_hpc.gelu_norm import gelu_norm
+from longnet_hpc.one_process import OneProcessPlan
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
 from longnet_hpc.sequence_plan import LayerPlan, SequencePlan
@@ -26,10 +27,14 @@ from longnet_hpc.stream import ChunkPlan
 __all__ = ["Block", "LongNet"]
 
 Recomputed = Literal["nothing", "all but attention", "all"]
-Plan = SequencePlan | ChunkPlan
+Plan = SequencePlan | ChunkPlan | OneProcessPlan
 _keeping_attention = partial(
     create_selective_checkpoint_contexts,
-    [torch.ops.longnet_hpc.mixture.default, torch.ops.longnet_hpc.stream_mixture.default],
+    [
+        torch.ops.longnet_hpc.mixture.default,
+        torch.ops.longnet_hpc.stream_mixture.default,
+        torch.ops.longnet_hpc.dilated_attention.default,
+    ],
 )
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -232,6 +237,8 @@ class LongNet(nn.Module):
         error: LongNetError | None = None
         try:
             _check_tokens(tokens, self.config.vocab_size)
+            if plan is None and torch.compiler.is_compiling():
+                plan = OneProcessPlan(self.config.pattern, tokens.shape[1])
             if plan is None:
                 plan = SequencePlan.build(self.config.pattern, tokens.shape[1], device=tokens.device)
             if plan.pattern != self.config.pattern:
@@ -343,7 +350,9 @@ def _in_words(pattern: Pattern) -> str:
 
 
 def _must_fit(dtype: torch.dtype, vocab_size: int) -> bool:
-    """Return whether no number of a dtype is outside a vocabulary, so that nothing has to be waited for to see that."""
+    """Return whether nothing has to be waited for to see that no number of a dtype is outside a vocabulary."""
+    if torch.compiler.is_compiling():
+        return True  # a graph cannot look at numbers and raise; the embedding refuses what it does not have
     limits = torch.iinfo(dtype)
     return limits.min >= 0 and limits.max < vocab_size
 

@@ -9,7 +9,8 @@ import torch
 
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.errors import LongNetError
-from longnet_hpc.packed import Integers
+from longnet_hpc.one_process import OneProcessPlan
+from longnet_hpc.packed import Integers, documents_of
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.sequence_plan import SequencePlan, check_shapes, scale_of
 
@@ -86,8 +87,8 @@ def dilated_attention(
 
     Notes
     -----
-    `torch.compile` takes attention into a graph as one operator, but not the agreement with other ranks, nor the making
-    of a plan: there, and wherever the ranks are known to agree, make a `SequencePlan` once and call its `attention`.
+    `torch.compile` and `torch.export` take attention into a graph as one operator, but not the agreement with other
+    ranks: there, and wherever the ranks are known to agree, make a `SequencePlan` once and call its `attention`.
     """
     error: LongNetError | None = None
     pattern: Pattern | None = None
@@ -158,6 +159,12 @@ def agreed_attention(
             }
         except LongNetError as caught:
             error = caught
+    if comm is None and torch.compiler.is_compiling():
+        if error is not None:
+            raise error
+        assert pattern is not None
+        plan_of_graph = OneProcessPlan(pattern, local_len, documents_of(cu_seqlens), backend)
+        return plan_of_graph.attend(q, k, v, causal=causal, softmax_scale=softmax_scale)
     plan = SequencePlan.build(
         *(pattern, local_len),
         cu_seqlens=cu_seqlens,

@@ -285,7 +285,7 @@ class SequencePlan:
 
 def _digest(documents: tuple[int, ...]) -> str:
     """Return a short text for what may be many numbers: a line of an error shows it."""
-    return xxhash.xxh3_64_hexdigest(repr(documents))
+    return xxhash.xxh3_64_hexdigest(repr(documents).encode())
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
