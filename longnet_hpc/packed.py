@@ -26,10 +26,12 @@ def documents_of(cu_seqlens: Integers | None) -> tuple[int, ...]:
     if cu_seqlens is None:
         return ()
     values = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens
-    try:
-        bounds = tuple(index(value) for value in values)
-    except TypeError:
-        raise ShapeError(f"cu_seqlens must be a list of integers, in tokens, got {cu_seqlens!r}") from None
+    if not isinstance(values, Sequence):
+        raise ShapeError(f"cu_seqlens must be a list of integers, in tokens, got {values!r}")
+    wrong = next((value for value in values if not hasattr(value, "__index__")), None)
+    if wrong is not None:
+        raise ShapeError(f"cu_seqlens must be a list of integers, in tokens, got {wrong!r} in it")
+    bounds = tuple(index(value) for value in values)
     if len(bounds) < 2:
         raise ShapeError(f"cu_seqlens must have at least 2 entries, the first 0 and the last all tokens, got {bounds}")
     return bounds
