@@ -97,25 +97,37 @@ class Block(nn.Module):
         return out
 
     def _compute(self, x: torch.Tensor, plan: LayerPlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
-        normed, heads = self.attention_norm(x), (-1, self.config.head_dim)
-        # One product for what is rotated, into new memory; the values are attended to as they come.
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight))
-        bias = torch.cat((self.q_proj.bias, self.k_proj.bias))
-        both = F.linear(normed, weight, bias).unflatten(-1, heads)
-        # Split, since the gradients of slices would be padded with zeros and added.
-        q, k = rotation.apply(*both.split((self.config.heads, both.shape[2] - self.config.heads), dim=2))
-        v = self.v_proj(normed).unflatten(-1, heads)
+        normed = self.attention_norm(x)
+        q, k = rotation.apply(*self._queries_and_keys(normed))
+        v = self.v_proj(normed).unflatten(-1, (-1, self.config.head_dim))
         mixed = plan.attention(q, k, v, causal=True).flatten(2)
         x = x + self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
         norm = self.inner_ffn_norm
         inner = gelu_norm(self.fc1(self.ffn_norm(x)), norm.weight, norm.bias, norm.eps)
         return x + self._drop(self.fc2(inner), plan, dropout_seed, 1)
 
+    def _queries_and_keys(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = (-1, self.config.head_dim)
+        if not (_is_plain(self.q_proj) and _is_plain(self.k_proj)):
+            return self.q_proj(normed).unflatten(-1, heads), self.k_proj(normed).unflatten(-1, heads)
+        # One product for what is rotated, into new memory; the values are attended to as they come.
+        weight = torch.cat((self.q_proj.weight, self.k_proj.weight))
+        bias = torch.cat((self.q_proj.bias, self.k_proj.bias))
+        both = F.linear(normed, weight, bias).unflatten(-1, heads)
+        # Split, since the gradients of slices would be padded with zeros and added.
+        q, k = both.split((self.config.heads, both.shape[2] - self.config.heads), dim=2)
+        return q, k
+
     def _drop(self, x: torch.Tensor, plan: LayerPlan, seed: int, place: int) -> torch.Tensor:
         if not self.training or self.config.dropout == 0.0:
             return x  # before anything that differs between blocks is looked at: one graph serves them all
         site = 2 * self.index + place + 1
         return position_dropout(x, self.config.dropout, seed=seed, site=site, start=plan.start)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a projection is torch's own, its weights neither quantised nor anything else of another kind."""
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor)
 
 
 class _OutputNorm(nn.LayerNorm):
