@@ -204,6 +204,11 @@ class SequencePlan:
             for run in self.partition.runs(branch, self.rank)
         )
 
+    @property
+    def packed_pieces(self) -> int:
+        """Number of pieces in this rank's slice where documents are packed, else 0."""
+        return len(self.pieces) if self.partition.documents else 0
+
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
     ) -> torch.Tensor:
