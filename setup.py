@@ -35,6 +35,7 @@ setup(
         "tokenizers": ["tokenizers>=0.20"],
         "test": [
             *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "mpmath", "ruff", "mypy", "tokenizers>=0.20"),
+            "torchao>=0.18",
             "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU
         ],
     },

@@ -59,7 +59,8 @@ def dilated_attention(
     cu_seqlens : sequence of int or torch.Tensor, optional
         Boundaries of documents that are packed into the sequence of all ranks: 0, where each next one begins, and the
         number of tokens. Each is attended to as if it were alone: segments and grids begin anew with it. They are the
-        same in every sequence of the batch. A list is best, since a tensor on a GPU is waited for.
+        same in every sequence of the batch. A list is best, since a tensor on a GPU is waited for. Neighbours of equal
+        length are computed together.
     backend : str
         ``auto`` or a name in `longnet_hpc.attention.BACKENDS`.
     return_lse : bool

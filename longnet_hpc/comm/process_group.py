@@ -59,5 +59,10 @@ def init_process_group(
             except RuntimeError as error:
                 raise LaunchError(f"rank {rank} cannot reach rank 0 at {address}:{port}: {error}") from error
     distributed.init_process_group(
-        "gloo" if device == "cpu" else "nccl", store=store, rank=rank, world_size=size, timeout=patience
+        "gloo" if device == "cpu" else "nccl",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=patience,
+        device_id=None if device == "cpu" else torch.device(device, torch.cuda.current_device()),
     )
