@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its own stubs do not name it
 
 from longnet_hpc.comm.agreement import agreed, broadcast_object, rank_and_size
 from longnet_hpc.errors import LaunchError
@@ -42,20 +43,20 @@ def init_process_group(
     """
     rank, size = rank_and_size(comm)
     patience = timedelta(seconds=timeout)
-    store: distributed.TCPStore | None = None
+    store: TCPStore | None = None
     with agreed(comm, LaunchError, facts={"device": device}):
         if distributed.is_initialized():
             raise LaunchError("torch.distributed has a process group already; destroy_process_group ends it")
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             raise LaunchError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
         if rank == 0:
-            store = distributed.TCPStore("127.0.0.1", 0, size, True, patience, wait_for_workers=False)
+            store = TCPStore("127.0.0.1", 0, size, True, patience, wait_for_workers=False)
     host, port = broadcast_object(comm, (socket.gethostname(), 0 if store is None else store.port))
     with agreed(comm, LaunchError):
         if store is None:
             address = "127.0.0.1" if host == socket.gethostname() else host
             try:
-                store = distributed.TCPStore(address, port, size, False, patience)
+                store = TCPStore(address, port, size, False, patience)
             except RuntimeError as error:
                 raise LaunchError(f"rank {rank} cannot reach rank 0 at {address}:{port}: {error}") from error
     distributed.init_process_group(
