@@ -29,6 +29,8 @@ from longnet_hpc.attention.hopper.launch import missing
 from longnet_hpc.attention.hopper.rows import MAX_JOBS, divisor
 from longnet_hpc.attention.hopper.statistics import find_statistics
 from longnet_hpc.attention.library import LIBRARY
+from longnet_hpc.partition import Run
+from longnet_hpc.pattern import Branch
 
 pytestmark = [
     pytest.mark.skipif(hopper_emulator.COMPILER is None, reason="needs g++"),
@@ -208,6 +210,12 @@ def test_attention_compiles_into_one_graph_where_the_gpu_is_asked_for_kernels(mo
     expected = attend(x)
     torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="eager")(x), expected)
     hopper._can_launch.cache_clear()
+
+
+def test_more_pieces_than_packed_documents_may_have_are_not_taken():
+    q, piece = torch.zeros(1, 80, 1, 64), (0, Branch(8, 1), Run(0, 8, 1, 0))
+    for count, taken in ((64, True), (65, False)):
+        assert pieces.takes(q, [piece] * count, causal=True, backward=False) == taken
 
 
 def test_packed_documents_equal_the_oracle_of_each_alone():

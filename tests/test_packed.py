@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from parallel_case import assert_all_close, cut, own_slice
 
-from longnet_hpc import LongNet, LongNetConfig, Partition, SequencePlan, dilated_attention
+from longnet_hpc import LongNet, LongNetConfig, Partition, SequencePlan, attention, dilated_attention
 from longnet_hpc.attention import branch as attention_branch
 from longnet_hpc.errors import LongNetError, PartitionError, ShapeError
 from longnet_hpc.partition import Run
@@ -110,6 +110,22 @@ def test_equal_documents_are_one_call_of_a_kernel(monkeypatch):
     together(range(0, 801, 8), tensors(800), ([16], [1]), True)
     assert len(calls) == 1
     assert Partition((0, 800), tuple(range(0, 801, 8))).runs(Branch(16, 1), 0) == (Run(0, 8, 100, 0),)
+
+
+@pytest.mark.parametrize(("documents", "taken"), [(1, True), (2, True), (3, False)])
+def test_backend_that_is_slow_for_many_lengths_is_not_chosen_for_many_documents(documents, taken, monkeypatch):
+    library, calls = attention.BACKENDS["library"], []
+
+    def forward(*views, **options):
+        calls.append(views)
+        return library.forward(*views, **options)
+
+    slow = attention.Backend("slow", lambda *_: True, forward, library.backward, most_packed_pieces=2)
+    monkeypatch.setattr(attention, "BACKENDS", {"slow": slow, **attention.BACKENDS})
+    cu_seqlens = bounds_of(range(5, 5 + documents))
+    q, k, v, _ = tensors(cu_seqlens[-1])
+    dilated_attention(q, k, v, [9], [1], cu_seqlens=cu_seqlens)
+    assert bool(calls) == taken
 
 
 @pytest.mark.mpi(min_size=2)

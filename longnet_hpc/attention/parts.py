@@ -119,7 +119,7 @@ def _launch(kernel: object, entries: list[tuple[int, list[int]]], x: torch.Tenso
         by_head[head] += entry
     most = max(len(row) for row in by_head) // COLUMNS
     if most > _FEW:  # a kernel is compiled for each number, and with packed documents each sequence may have another
-        most = triton.next_power_of_2(most)
+        most += -most % 8
     nothing = [0, 1, 0, 0, 1, *[0] * (COLUMNS - 5)]  # no piece, so no row
     for row in by_head:
         row += nothing * (most - len(row) // COLUMNS)
