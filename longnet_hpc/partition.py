@@ -109,7 +109,7 @@ class Partition:
             raise PartitionError(f"a chunk of a sequence cannot be of packed documents, got one from {self.start} on")
         if first or last != self.stop:
             raise PartitionError(
-                f"documents (cu_seqlens) must lie from 0 to {self.stop}, the tokens of the sequence, got {first} to {last}"
+                f"documents (cu_seqlens) must lie from 0 to {self.stop}, the tokens there are, got {first} to {last}"
             )
         fall = next((pair for pair in pairwise(self.documents) if pair[0] > pair[1]), None)
         if fall is not None:

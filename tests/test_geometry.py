@@ -315,7 +315,7 @@ def test_slices_of_impossible_lengths_raise(lengths):
 @pytest.mark.parametrize(
     ("documents", "words"),
     [
-        ((0, 3, 8), "must lie from 0 to 9, the tokens of the sequence, got 0 to 8"),
+        ((0, 3, 8), "must lie from 0 to 9, the tokens there are, got 0 to 8"),
         ((0, 5, 3, 9), "must begin one after another, got 3 after 5"),
     ],
 )

@@ -69,7 +69,7 @@ def test_boundaries_may_be_a_tensor_or_an_array(form):
 @pytest.mark.parametrize(
     ("cu_seqlens", "error", "words"),
     [
-        ([0, 5, 41], PartitionError, "must lie from 0 to 40, the tokens of the sequence, got 0 to 41"),
+        ([0, 5, 41], PartitionError, "must lie from 0 to 40, the tokens there are, got 0 to 41"),
         ([1, 40], PartitionError, "got 1 to 40"),
         ([0, 20, 10, 40], PartitionError, "one after another, got 10 after 20"),
         ([0], ShapeError, "at least 2 entries"),
