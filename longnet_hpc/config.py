@@ -197,6 +197,8 @@ class ComputeConfig:
     """How GPU memory travels between ranks: by a CUDA-aware MPI (direct) or through host memory (staged)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
+    deterministic: bool = False
+    """Give the same bits in every run on the same ranks and devices, on a GPU too, which is then slower."""
     watchdog_seconds: float = field(default=600.0, metadata=THIS_CALL_ONLY)
     """Silence of a rank after which the job is ended, in seconds; 0 means never."""
 

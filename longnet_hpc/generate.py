@@ -159,7 +159,9 @@ def truncated(logits: torch.Tensor, top_k: int | None = None, top_p: float | Non
         ordered[..., top_k:] = -torch.inf
     if top_p is not None and top_p < 1.0:
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
+        if torch.are_deterministic_algorithms_enabled():
+            probabilities = probabilities.cpu()  # a GPU adds up in no fixed order
+        before = (probabilities.cumsum(-1) - probabilities).to(logits.device)
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
