@@ -120,6 +120,6 @@ def _sum_bucket(comm: MPI.Comm, bucket: torch.Tensor) -> None:
     wide = torch.float64 if bucket.dtype == torch.float64 else torch.float32
     total = parts[0].to(wide)
     for part in parts[1:]:
-        total = total + part
+        total = total + part.to(wide)  # said, since torch does not promote formats of 8 bits
     mine = total.to(bucket.dtype).unsqueeze(1).contiguous()
     rows.copy_(start_alltoallv(comm, mine, [own] * comm.size, [0] * comm.size, counts, what="sums").finish())
