@@ -257,8 +257,10 @@ class TrainConfig(ComputeConfig):
     """Under activation_checkpointing, keep the output of attention and its rows from other ranks nevertheless."""
     half_residual: bool = False
     """Keep the residual stream in the number format of matrix products, too: half its memory under bfloat16."""
+    shard_optimizer: bool = False
+    """Keep the optimizer state in shards, one a rank, in checkpoints too: the same results in less memory."""
     save_every: int = 100
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; there is always one at the end. They are written while the next step computes."""
     keep: int = 2
     """Number of checkpoints kept, the latest ones."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

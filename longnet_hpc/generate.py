@@ -217,7 +217,7 @@ def write_text(config: GenerateConfig, launch: Launch, write: Callable[[str], ob
         raise ConfigError(
             f"generate needs --prompt or --prompt-file, got {'both' if config.prompt_file else 'neither'}"
         )
-    checkpoint = load_checkpoint(find_checkpoint(config.checkpoint))
+    checkpoint = load_checkpoint(find_checkpoint(config.checkpoint), weights_only=True)
     tokenizer = _tokenizer_of(config, checkpoint.model_config)
     prompt = _prompt_of(config, tokenizer)
     seq_len = prompt.shape[1] + config.max_new_tokens

@@ -123,6 +123,7 @@ class StreamTrainer(Trainer):
                     if rank == 0:
                         append_record(self.folder / CHUNKS_NAME, line)
                 update(f"{'there' if there else 'and back'}, {tokens / seconds:,.0f} tokens/s")
+                self.between_chunks()
                 if sweep.done < sweep.total and self.stop.asked(comm):
                     with span("checkpoint", "step that is left"):
                         self._save(sweep, self.seconds_before + seconds, received_before + stream.bytes_received)
