@@ -132,6 +132,7 @@ class Compute:
         half_residual: bool,
         activation_checkpointing: bool = False,
         keep_attention: bool = True,
+        shard_optimizer: bool = False,
     ) -> int:
         """Return how long a chunk may be over all ranks, in tokens: a power of two times the ranks, if not all.
 
@@ -144,6 +145,7 @@ class Compute:
             step = PlanConfig(
                 model=self._model, seq_len=seq_len, ranks=(size,), stream=True, task=task, half_residual=half_residual,
                 activation_checkpointing=activation_checkpointing, keep_attention=keep_attention,
+                shard_optimizer=shard_optimizer,
             )  # fmt: skip
             if self.dtype != torch.float32 and not self.compiles:
                 share /= 2  # without torch.compile a token needs nearly twice the memory

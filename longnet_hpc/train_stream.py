@@ -52,6 +52,7 @@ class StreamTrainer(Trainer):
         self.chunk_len = config.chunk_len or self.compute.longest_chunk(
             config.seq_len, "train", half_residual=config.half_residual,
             activation_checkpointing=config.activation_checkpointing, keep_attention=config.keep_attention,
+            shard_optimizer=config.shard_optimizer,
         )  # fmt: skip
         self.rows_bytes = carried_bytes(
             model.pattern, self.chunk_len, config.seq_len,
