@@ -131,6 +131,16 @@ def test_stream_of_no_given_chunk_has_the_host_memory_of_the_chunk_chosen():
     assert chosen.memory.host > 0
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_optimizer_in_shards_takes_its_part_of_the_memory_and_no_time(ranks):
+    config = PlanConfig(model=MODEL, seq_len=64)
+    whole, parts = (forecast(replace(config, shard_optimizer=sharded), MACHINE, ranks) for sharded in (False, True))
+    assert whole.memory.optimizer == 8 * MODEL.parameter_count
+    assert parts.memory.optimizer == 8 * MODEL.parameter_count // ranks
+    assert replace(parts.memory, optimizer=0, buffers=0) == replace(whole.memory, optimizer=0, buffers=0)
+    assert (parts.seconds, parts.gradient_bytes) == (whole.seconds, whole.gradient_bytes)
+
+
 def test_slowest_rank_decides_where_work_is_uneven():
     model = replace(MODEL, segment_lengths=(64,))
     no_links = replace(MACHINE, within=Link(0.0, 1e30), step_seconds=0.0, parameter_seconds=0.0)
@@ -246,7 +256,9 @@ def test_table_says_what_to_change_and_records_say_the_same(tmp_path, capsys):
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^ +16 +2 .* NO .*s +\d", shown, re.MULTILINE)
-    found = re.search(r"^  (--half-residual --activation-checkpointing): (\d+\.\d) GB a rank", shown, re.MULTILINE)
+    found = re.search(
+        r"^  (--half-residual --shard-optimizer --activation-checkpointing): (\d+\.\d) GB a rank", shown, re.MULTILINE
+    )
     assert found
     assert main([*words, *found[1].split(), "--output", str(tmp_path / "plan.jsonl")]) == 0
     sixteen, sixty_four = read_records(tmp_path / "plan.jsonl")
@@ -323,10 +335,22 @@ def test_nonsense_is_one_clear_line(capsys, options, words):
 
 
 def test_run_that_fits_nowhere_is_told_so(capsys):
-    words = ["--preset", "2.7b", "--machine", "mi250x", "--ranks", "64", "--seq-len", "1000000000"]
+    words = [
+        "--preset",
+        "2.7b",
+        "--model.layers",
+        "96",
+        "--machine",
+        "mi250x",
+        "--ranks",
+        "64",
+        "--seq-len",
+        "10000000",
+    ]
     assert main(["plan", *words, "--geometric", "2048", "4"]) == 0
     assert re.search(
-        "of which weights, gradients and optimizer, whole on every rank, are 45.3 GB", capsys.readouterr().out
+        r"of which weights, gradients and optimizer are \d+ GB, the former two whole on every rank",
+        capsys.readouterr().out,
     )
 
 
