@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
 from longnet_hpc.errors import CheckpointError, ConfigError
-from longnet_hpc.files import make_partial, partial_of, put_in_place
+from longnet_hpc.files import make_partial, naming_errors, partial_of, put_in_place, replace_file
 from longnet_hpc.tensor_file import checksum, read_tensors, write_tensors
 
 __all__ = [
@@ -199,29 +200,18 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, shard: Shard | None =
         If it cannot be written.
     """
     path = _path(folder, checkpoint.step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    said = f"cannot write checkpoint {path}"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    if shard is not None:
-        weights = {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
-        state = {name: tensor for name, tensor in tensors.items() if name not in weights}
-        about = {**shard.facts, "step": checkpoint.step}
-        make_partial(shard.path(path), lambda partial: write_tensors(partial, about, state, said))
-        put_in_place(shard.path(path))
-        tensors = weights
-    if shard is None or shard.index == 0:
-        its_version: dict[str, object] = {"format_version": FORMAT_VERSION}
+    with naming_errors(f"cannot write checkpoint {path}", (OSError, SafetensorError)):
+        path.parent.mkdir(parents=True, exist_ok=True)
         if shard is not None:
-            its_version = {"format_version": SHARDED_VERSION, "shards": shard.count, "save": shard.save}
-        about = {
-            "format": FORMAT,
-            **its_version,
-            "step": checkpoint.step,
-            "batch_index": checkpoint.batch_index,
-            "order": asdict(checkpoint.order),
-            "model": dict(checkpoint.model),
-        }
-        make_partial(path, lambda partial: write_tensors(partial, about, tensors, said))
+            weights = {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
+            state = {name: tensor for name, tensor in tensors.items() if name not in weights}
+            facts = {**shard.facts, "step": checkpoint.step}
+            replace_file(shard.path(path), lambda partial: write_tensors(partial, facts, state))
+            tensors = weights
+        if shard is None or shard.index == 0:
+            about = _description(checkpoint, shard)
+            make_partial(path, lambda partial: write_tensors(partial, about, tensors))
 
 
 def commit_checkpoint(folder: Path, step: int) -> Path:
@@ -233,7 +223,8 @@ def commit_checkpoint(folder: Path, step: int) -> Path:
         If its file cannot be renamed.
     """
     path = _path(folder, step)
-    put_in_place(path)
+    with naming_errors(f"cannot write checkpoint {path}"):
+        put_in_place(path)
     return path
 
 
@@ -331,11 +322,17 @@ def remove_old(folder: Path, keep: int, step: int) -> None:
     """Remove all but the latest ``keep`` checkpoints of a run up to a step; on one rank only.
 
     Later ones are those that were damaged when the run went on; they are replaced as it comes to them.
+
+    Raises
+    ------
+    OSError
+        If one cannot be removed.
     """
-    for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
-        path.unlink()  # first: shards without it count for nothing
-        for part in _shards_of(path):
-            part.unlink()
+    with naming_errors(f"cannot remove old checkpoints of {folder}"):
+        for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
+            path.unlink()  # first: shards without it count for nothing
+            for part in _shards_of(path):
+                part.unlink()
 
 
 def clean_up(folder: Path) -> None:
@@ -345,6 +342,20 @@ def clean_up(folder: Path) -> None:
     for path in (folder / FOLDER).glob("step-*.shard-*-of-*.safetensors"):
         if not path.with_name(path.name.partition(".")[0] + ".safetensors").exists():
             path.unlink()
+
+
+def _description(checkpoint: Checkpoint, shard: Shard | None) -> dict[str, object]:
+    """Return what the file with the weights says of a checkpoint."""
+    sharded = {} if shard is None else {"shards": shard.count, "save": shard.save}
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION if shard is None else SHARDED_VERSION,
+        **sharded,
+        "step": checkpoint.step,
+        "batch_index": checkpoint.batch_index,
+        "order": asdict(checkpoint.order),
+        "model": dict(checkpoint.model),
+    }
 
 
 def _check_description(path: Path, about: Mapping[str, Any]) -> None:

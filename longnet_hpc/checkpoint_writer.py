@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from longnet_hpc.checkpoint import (
     Shard,
@@ -26,12 +26,8 @@ from longnet_hpc.checkpoint import (
 )
 from longnet_hpc.comm import agreed, allgather_objects, broadcast_object
 from longnet_hpc.comm.launch import Launch
-from longnet_hpc.files import naming_errors
 from longnet_hpc.trace import span
 from longnet_hpc.trainer import Trainer
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
 __all__ = ["CheckpointWriter"]
 
@@ -94,10 +90,10 @@ class CheckpointWriter:
         step, self._step = self._step, None
         try:
             with span("checkpoint", "wait for a checkpoint"):
-                with agreed(self._comm), self._naming_errors():
+                with agreed(self._comm):
                     self._wait()
                 if self._in_shards:
-                    with agreed(self._comm), self._naming_errors():
+                    with agreed(self._comm):
                         if self._rank == 0:
                             commit_checkpoint(self._folder, step)
         except OSError:
@@ -120,16 +116,13 @@ class CheckpointWriter:
         try:
             if error is None:
                 self.settle()
-                with agreed(self._comm), self._naming_errors():
+                with agreed(self._comm):
                     self._wait()
         finally:
             self._thread.shutdown()
             for task in self._tasks:  # of a job that ends with an error of another kind
                 if task.exception() is not None:
                     logging.getLogger("longnet_hpc").warning("warning: %s", task.exception())
-
-    def _naming_errors(self) -> AbstractContextManager[None]:
-        return naming_errors(f"cannot write run folder {self._folder}")
 
     def _do(self, work: Callable[..., object], *words: object) -> None:
         """Do something in the thread, after what it was given before."""

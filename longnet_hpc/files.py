@@ -116,9 +116,9 @@ def naming_errors(
 
 
 def _reason(error: Exception) -> str:
-    """Return what went wrong, in one line; HDF5 hides the system's error among file descriptors and pointers."""
+    """Return what went wrong, in one line; HDF5 and safetensors hide the system's error among others."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    number = re.search(r"\berrno = (\d+)", reason)
+    number = re.search(r"\berrno = (\d+)|\(os error (\d+)\)", reason)
     if number is not None:
-        return os.strerror(int(number[1]))
+        return os.strerror(int(number[1] or number[2]))
     return one_line(re.sub(r",? *\w+ = 0x[0-9a-f]+", "", reason))

@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 1 << 24
 """Longest header of a file: names, shapes and checksums of its tensors."""
 
 
-def write_tensors(path: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], said: str) -> None:
+def write_tensors(path: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors on the CPU, contiguous, with a description that JSON can hold. Any thread may do it.
 
     Parameters
@@ -34,13 +34,11 @@ def write_tensors(path: Path, about: Mapping[str, Any], tensors: Mapping[str, to
         The description; kinds and checksums of the tensors are added to it.
     tensors : mapping
         By name.
-    said : str
-        What an error begins with, for example ``cannot write checkpoint a``.
 
     Raises
     ------
-    OSError
-        If it cannot be written.
+    OSError or SafetensorError
+        If it cannot be written; the latter is the library's way of passing on a full disk.
     """
     checksums = {}
     for name, tensor in tensors.items():
@@ -48,8 +46,7 @@ def write_tensors(path: Path, about: Mapping[str, Any], tensors: Mapping[str, to
         life.progress += 1
     kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
     text = json.dumps({**about, "checksums": checksums, "kinds": kinds})
-    with naming_errors(said, (OSError, SafetensorError)):  # the latter is its way of passing on a full disk
-        save_file(dict(tensors), path, {"longnet_hpc": text, "checksum": xxhash.xxh3_64_hexdigest(text.encode())})
+    save_file(dict(tensors), path, {"longnet_hpc": text, "checksum": xxhash.xxh3_64_hexdigest(text.encode())})
     life.progress += 1
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_mpi_train import config, corpus, launch_of  # noqa: F401 - with a fixture
 
-from longnet_hpc import LongNet, LongNetConfig, checkpoint_writer
+from longnet_hpc import LongNet, LongNetConfig, checkpoint, checkpoint_writer
 from longnet_hpc.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from longnet_hpc.comm import all_reduce_sum, gather_parts, reduce_scatter_sum
 from longnet_hpc.config import OptimizerConfig
@@ -150,22 +150,21 @@ def find_latest(folder):
     return latest and latest.name
 
 
-@pytest.mark.parametrize("failing", ["write", "commit"])
+@pytest.mark.parametrize("failing", ["replace_file", "make_partial", "put_in_place"])
 def test_shard_that_cannot_be_written_ends_all_ranks_with_one_error_and_leaves_the_checkpoint_before(
     comm, corpus, shared_tmp_path, monkeypatch, failing
 ):
-    folder, rank = shared_tmp_path / "run", comm.size - 1 if failing == "write" else 0
-    name = f"{failing}_checkpoint"
-    real = getattr(checkpoint_writer, name)
+    folder, rank = shared_tmp_path / "run", comm.size - 1 if failing == "replace_file" else 0
+    real = getattr(checkpoint, failing)
 
-    def fail(folder, what, *more):
-        if (what if failing == "commit" else what.step) == 4:
+    def fail(path, *more):
+        if "step-00000004" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(folder, what, *more)
+        return real(path, *more)
 
     if comm.rank == rank:
-        monkeypatch.setattr(checkpoint_writer, name, fail)
-    with pytest.raises(OSError, match="cannot write run folder .*: No space left on device"):
+        monkeypatch.setattr(checkpoint, failing, fail)
+    with pytest.raises(OSError, match="cannot write checkpoint .*step-00000004.*: No space left on device"):
         train(config(folder=folder, steps=8, save_every=2, shard_optimizer=True), launch_of(comm), corpus.path)
     comm.Barrier()
     monkeypatch.undo()
