@@ -367,6 +367,8 @@ def _check_description(path: Path, about: Mapping[str, Any]) -> None:
     for key in ("step", "batch_index"):
         if not 0 <= about[key] < 2**63:
             raise CheckpointError(f"{path} is no checkpoint: its {key} must be 0 to 2**63 - 1")
+    if sharded and about["shards"] < 1:
+        raise CheckpointError(f"{path} is no checkpoint: its shards must be at least 1, got {about['shards']}")
     order = {key: type(value).__name__ for key, value in about["order"].items()}
     if order != {field.name: field.type for field in fields(DataOrder)}:
         raise CheckpointError(f"{path} is no checkpoint: its order is not that of batches")
@@ -389,7 +391,8 @@ def _read_shards(path: Path, about: Mapping[str, Any], weights: Mapping[str, tor
     whole = {}
     for name, its_parts in parts.items():
         weight = weights.get(WEIGHT + name.partition(".")[2])
-        if weight is None or sum(part.numel() for part in its_parts) != weight.numel():
+        count = sum(part.numel() for part in its_parts)
+        if weight is None or count != weight.numel() or any(part.dtype != weight.dtype for part in its_parts):
             raise CheckpointError(f"checkpoint {path} is damaged: its shards do not fit together")
         whole[name] = torch.cat(its_parts).view(weight.shape)
     return whole

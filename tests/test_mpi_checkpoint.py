@@ -3,6 +3,7 @@
 import errno
 import re
 import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from test_mpi_train import config, corpus, launch_of  # noqa: F401 - with a fixt
 
 from longnet_hpc import LongNet, LongNetConfig, checkpoint, checkpoint_writer
 from longnet_hpc.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
+from longnet_hpc.checkpoint_writer import CheckpointWriter
 from longnet_hpc.comm import all_reduce_sum, gather_parts, reduce_scatter_sum
 from longnet_hpc.config import OptimizerConfig
+from longnet_hpc.errors import StoppedError
 from longnet_hpc.optimizer import Optimizer
 from longnet_hpc.train import train
 from longnet_hpc.trainer import Trainer
@@ -218,3 +221,40 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(comm, corpus, shared_t
     if comm.rank == 0:
         after = [name.replace("step-00000002", "step-00000003") for name in before]
         assert files(folder) == sorted([*before, *after, "notes.txt"])
+
+
+def test_long_step_of_a_stream_lets_a_checkpoint_count_between_its_chunks(comm, corpus, shared_tmp_path, monkeypatch):
+    folder, settle, told = shared_tmp_path / "run", CheckpointWriter.settle_if_written, []
+
+    def settle_if_written(writer):
+        wait(writer._tasks)
+        settle(writer)
+        told.append(find_latest(folder))
+
+    monkeypatch.setattr(CheckpointWriter, "settle_if_written", settle_if_written)
+    options = {"steps": 2, "save_every": 1, "shard_optimizer": True, "stream": True, "chunk_len": 128}
+    train(config(folder=folder, **options), launch_of(comm), corpus.path)
+    chunks = len(told) // 2
+    assert chunks >= 4
+    assert told == [None] * chunks + ["step-00000001.safetensors"] * chunks
+
+
+def test_stream_that_is_left_in_its_first_step_and_again_does_not_write_its_checkpoint_anew(
+    comm, corpus, shared_tmp_path
+):
+    """A second save of the same step would replace its shards one by one, and could leave none that is whole."""
+    folder, whole = shared_tmp_path / "run", shared_tmp_path / "whole"
+    options = {"steps": 1, "shard_optimizer": True, "stream": True, "chunk_len": 128}
+    written = []
+    for words in ({"folder": folder}, {"resume": folder}):
+        with pytest.raises(StoppedError, match="left in step 1 after"):
+            train(config(**words, **options, stop_after=0), launch_of(comm), corpus.path)
+        comm.Barrier()
+        written.append({path.name: path.stat().st_mtime_ns for path in (folder / "checkpoints").iterdir()})
+        comm.Barrier()
+    assert written[0] == written[1]
+    train(config(resume=folder, **options), launch_of(comm), corpus.path)
+    train(config(folder=whole, **options), launch_of(comm), corpus.path)
+    if comm.rank == 0:
+        digests = {load_checkpoint(find_checkpoint(its)).digest for its in (folder, whole)}
+        assert len(digests) == 1
