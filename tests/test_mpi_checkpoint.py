@@ -60,17 +60,20 @@ def test_parts_of_a_sum_are_those_of_the_whole_sum_and_make_it_again(comm, dtype
     assert torch.equal(again, whole)
 
 
-def test_update_in_shards_has_the_bits_of_the_whole_one(comm):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_update_in_shards_has_the_bits_of_the_whole_one(comm, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     model = LongNetConfig(layers=1, embed_dim=24, heads=2, segment_lengths=(8,), dilation_rates=(1,))
     settings = OptimizerConfig(clip_norm=0.5, weight_decay=0.3)
     models = []
     for its_comm in (None, comm):
         torch.manual_seed(0)
-        models.append(LongNet(model))
+        models.append(LongNet(model).to(device))
         optimizer = Optimizer(models[-1], settings, its_comm)
         for step in range(4):
             gradient = torch.randn(models[-1].parameter_count, generator=torch.Generator().manual_seed(step))
-            gradient *= 10.0 ** (step - 3)  # clipped, and not
+            gradient = (gradient * 10.0 ** (step - 3)).to(device)  # clipped, and not
             if step == 2:
                 optimizer.skip()
             first, stop = optimizer.bounds[comm.rank :][:2] if its_comm else (0, None)
