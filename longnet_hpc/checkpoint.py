@@ -19,18 +19,18 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
+from longnet_hpc.checkpoint_shards import SHARDED_VERSION, WEIGHT, Shard, read_shards, shards_of, write_shard
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
 from longnet_hpc.errors import CheckpointError, ConfigError
-from longnet_hpc.files import make_partial, naming_errors, partial_of, put_in_place, replace_file
+from longnet_hpc.files import make_partial, naming_errors, partial_of, put_in_place
 from longnet_hpc.tensor_file import checksum, read_tensors, write_tensors
 
 __all__ = [
     "FOLDER",
     "Checkpoint",
     "DataOrder",
-    "Shard",
     "clean_up",
     "commit_checkpoint",
     "discard_checkpoint",
@@ -44,14 +44,10 @@ __all__ = [
 ]
 
 FORMAT = "longnet_hpc checkpoint"
-FORMAT_VERSION, SHARDED_VERSION = 3, 4
-"""Of a checkpoint in one file, and of one whose optimizer state is in shards."""
-SHARD_FORMAT = "longnet_hpc shard of a checkpoint"
+FORMAT_VERSION = 3
+"""Of a checkpoint in one file; of one whose optimizer state is in shards it is `SHARDED_VERSION`."""
 FOLDER = "checkpoints"
 """Folder of the checkpoints within the folder of a run."""
-
-WEIGHT = "weight."
-"""What the names of weights begin with."""
 
 _DESCRIPTION = {"step": int, "batch_index": int, "order": dict, "model": dict}
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -147,27 +143,6 @@ class Checkpoint:
                 )
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Which part of a checkpoint a rank writes."""
-
-    index: int
-    """Its place among all, from 0."""
-    count: int
-    """Number of shards."""
-    save: str
-    """What the files of one checkpoint have in common, and those of no other, nor of another attempt at it."""
-
-    def path(self, checkpoint: Path) -> Path:
-        """Return the file of this shard beside that of the weights."""
-        return checkpoint.with_suffix(f".shard-{self.index + 1:05d}-of-{self.count:05d}.safetensors")
-
-    @property
-    def facts(self) -> dict[str, object]:
-        """What its file says of it."""
-        return {"format": SHARD_FORMAT, "format_version": SHARDED_VERSION, **asdict(self)}
-
-
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a whole checkpoint into the folder of a run, as one file; on one rank only.
 
@@ -206,8 +181,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, shard: Shard | None =
         if shard is not None:
             weights = {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
             state = {name: tensor for name, tensor in tensors.items() if name not in weights}
-            facts = {**shard.facts, "step": checkpoint.step}
-            replace_file(shard.path(path), lambda partial: write_tensors(partial, facts, state))
+            write_shard(path, shard, checkpoint.step, state)
             tensors = weights
         if shard is None or shard.index == 0:
             about = _description(checkpoint, shard)
@@ -231,7 +205,7 @@ def commit_checkpoint(folder: Path, step: int) -> Path:
 def discard_checkpoint(folder: Path, step: int) -> None:
     """Remove what was written of a checkpoint that does not count, as far as the system lets; on rank 0 only."""
     path = _path(folder, step)
-    for part in (partial_of(path), *(() if path.exists() else _shards_of(path))):
+    for part in (partial_of(path), *(() if path.exists() else shards_of(path))):
         with suppress(OSError):  # that it cannot be written is told already
             part.unlink(missing_ok=True)
 
@@ -284,7 +258,7 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     about, tensors = read_tensors(path, check, lambda name: name.startswith(WEIGHT) or not weights_only)
     _check_description(path, about)
     if about["format_version"] == SHARDED_VERSION and not weights_only:
-        tensors |= _read_shards(path, about, tensors)
+        tensors |= read_shards(path, about["shards"], about["save"], about["step"], tensors)
     order = DataOrder(**about["order"])
     return Checkpoint(about["step"], about["batch_index"], order, about["model"], tensors)
 
@@ -331,7 +305,7 @@ def remove_old(folder: Path, keep: int, step: int) -> None:
     with naming_errors(f"cannot remove old checkpoints of {folder}"):
         for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
             path.unlink()  # first: shards without it count for nothing
-            for part in _shards_of(path):
+            for part in shards_of(path):
                 part.unlink()
 
 
@@ -374,36 +348,8 @@ def _check_description(path: Path, about: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} is no checkpoint: its order is not that of batches")
 
 
-def _read_shards(path: Path, about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the optimizer state of a checkpoint whose shards lie beside it: parts of one name are put together."""
-    parts: dict[str, list[torch.Tensor]] = {}
-    for index in range(about["shards"]):
-        shard = Shard(index, about["shards"], about["save"])
-        its_path = shard.path(path)
-
-        def check(its: object, shard: Shard = shard, its_path: Path = its_path) -> None:
-            facts = {**shard.facts, "step": about["step"]}
-            if not isinstance(its, dict) or {key: its.get(key) for key in facts} != facts:
-                raise CheckpointError(f"checkpoint {path} is damaged: {its_path.name} is of another one")
-
-        for name, tensor in read_tensors(its_path, check, lambda _: True)[1].items():
-            parts.setdefault(name, []).append(tensor.reshape(-1))
-    whole = {}
-    for name, its_parts in parts.items():
-        weight = weights.get(WEIGHT + name.partition(".")[2])
-        count = sum(part.numel() for part in its_parts)
-        if weight is None or count != weight.numel() or any(part.dtype != weight.dtype for part in its_parts):
-            raise CheckpointError(f"checkpoint {path} is damaged: its shards do not fit together")
-        whole[name] = torch.cat(its_parts).view(weight.shape)
-    return whole
-
-
 def _path(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"step-{step:08d}.safetensors"
-
-
-def _shards_of(path: Path) -> list[Path]:
-    return list(path.parent.glob(f"{path.stem}.shard-*-of-*.safetensors"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

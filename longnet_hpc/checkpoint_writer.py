@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Self
 
 from longnet_hpc.checkpoint import (
-    Shard,
     commit_checkpoint,
     discard_checkpoint,
     remove_old,
     save_checkpoint,
     write_checkpoint,
 )
+from longnet_hpc.checkpoint_shards import Shard
 from longnet_hpc.comm import agreed, allgather_objects, broadcast_object
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.trace import span

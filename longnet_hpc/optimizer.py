@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from longnet_hpc.checkpoint import WEIGHT
+from longnet_hpc.checkpoint_shards import WEIGHT
 from longnet_hpc.comm import all_reduce_sum, allgather_objects, gather_parts, rank_and_size, reduce_scatter_sum
 from longnet_hpc.config import OptimizerConfig
 from longnet_hpc.errors import CheckpointError

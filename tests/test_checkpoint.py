@@ -14,7 +14,6 @@ from longnet_hpc.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
     DataOrder,
-    Shard,
     clean_up,
     commit_checkpoint,
     discard_checkpoint,
@@ -26,6 +25,7 @@ from longnet_hpc.checkpoint import (
     save_checkpoint,
     write_checkpoint,
 )
+from longnet_hpc.checkpoint_shards import Shard
 from longnet_hpc.config import OptimizerConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.errors import CheckpointError

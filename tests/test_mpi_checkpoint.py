@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_mpi_train import config, corpus, launch_of  # noqa: F401 - with a fixture
 
-from longnet_hpc import LongNet, LongNetConfig, checkpoint, checkpoint_writer
+from longnet_hpc import LongNet, LongNetConfig, checkpoint, checkpoint_shards, checkpoint_writer
 from longnet_hpc.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
 from longnet_hpc.checkpoint_writer import CheckpointWriter
 from longnet_hpc.comm import all_reduce_sum, gather_parts, reduce_scatter_sum
@@ -61,10 +61,12 @@ def test_parts_of_a_sum_are_those_of_the_whole_sum_and_make_it_again(comm, dtype
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_update_in_shards_has_the_bits_of_the_whole_one(comm, device):
+@pytest.mark.parametrize("width", [24, 2])  # of 2 features, the model is one block: most shards are empty
+def test_update_in_shards_has_the_bits_of_the_whole_one(comm, device, width):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    model = LongNetConfig(layers=1, embed_dim=24, heads=2, segment_lengths=(8,), dilation_rates=(1,))
+    few = {"vocab_size": 2, "layers": 1, "ffn_ratio": 1, "segment_lengths": (8,), "dilation_rates": (1,)}
+    model = LongNetConfig(embed_dim=width, heads=1, **few)
     settings = OptimizerConfig(clip_norm=0.5, weight_decay=0.3)
     models = []
     for its_comm in (None, comm):
@@ -161,7 +163,8 @@ def test_shard_that_cannot_be_written_ends_all_ranks_with_one_error_and_leaves_t
     comm, corpus, shared_tmp_path, monkeypatch, failing
 ):
     folder, rank = shared_tmp_path / "run", comm.size - 1 if failing == "replace_file" else 0
-    real = getattr(checkpoint, failing)
+    where = checkpoint_shards if failing == "replace_file" else checkpoint
+    real = getattr(where, failing)
 
     def fail(path, *more):
         if "step-00000004" in path.name:
@@ -169,7 +172,7 @@ def test_shard_that_cannot_be_written_ends_all_ranks_with_one_error_and_leaves_t
         return real(path, *more)
 
     if comm.rank == rank:
-        monkeypatch.setattr(checkpoint, failing, fail)
+        monkeypatch.setattr(where, failing, fail)
     with pytest.raises(OSError, match="cannot write checkpoint .*step-00000004.*: No space left on device"):
         train(config(folder=folder, steps=8, save_every=2, shard_optimizer=True), launch_of(comm), corpus.path)
     comm.Barrier()
