@@ -1,0 +1,5 @@
+"""LongNet for Hugging Face `transformers`: dilated attention for its decoders, and LongNet as one of its models."""
+
+from longnet_hpc.integrations.transformers.attention import register
+
+__all__ = ["register"]
