@@ -170,7 +170,7 @@ def earlier_grids(branch: Branch, run: Run, tokens: int, heads: int) -> tuple[tu
 
 @lru_cache(maxsize=4096)
 def past_grids(branch: Branch, run: Run, tokens: int, heads: int, kv_heads: int) -> tuple[tuple[Grid, Grid], ...]:
-    """Return the query grids of one piece, each with the grid of the earlier keys of its segment, which lie as they are.
+    """Return the query grids of one piece, each with the grid of the earlier keys of its segment, as they lie.
 
     Parameters
     ----------
@@ -237,9 +237,7 @@ def limited(pairs: Iterable[tuple[Grid, Grid]], count: int) -> Iterator[tuple[Gr
 
 def _pairs(branch: Branch, run: Run, heads: int, kv_heads: int) -> list[_Pair]:
     """Return the query heads that have rows in a piece, offset by offset."""
-    return [
-        pair for offset in branch.offsets(heads) for pair in _pairs_at(branch, run, offset, heads, kv_heads)
-    ]
+    return [pair for offset in branch.offsets(heads) for pair in _pairs_at(branch, run, offset, heads, kv_heads)]
 
 
 def _pairs_at(branch: Branch, run: Run, offset: int, heads: int, kv_heads: int) -> list[_Pair]:

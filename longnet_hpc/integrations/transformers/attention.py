@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from longnet_hpc.attention import BACKENDS
-from longnet_hpc.comm import agree, rank_and_size
+from longnet_hpc.comm import rank_and_size
 from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.continued import continued_attention
 from longnet_hpc.errors import BackendError, ConfigError, LongNetError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _REFUSED = {
-    "softcap": "logit softcapping is not supported by dilated attention: set the model's attn_logit_softcapping to None",
+    "softcap": "softcapping is not supported by dilated attention: set the model's attn_logit_softcapping to None",
     "s_aux": "attention sinks are not supported by dilated attention",
     "position_bias": "a bias on the scores is not supported by dilated attention",
     "head_mask": "head_mask is not supported by dilated attention",
@@ -76,8 +76,9 @@ def register(
     Notes
     -----
     A model then raises `ConfigError` for what dilated attention cannot honour: padding on the left and other masks,
-    packed sequences, attention sinks, softcapping, sliding windows, dropout of attention weights, ``output_attentions``,
-    static caches. Sequences padded on the right are computed; what comes out at the padding means nothing.
+    packed sequences, attention sinks, softcapping, sliding windows, dropout of attention weights,
+    ``output_attentions``, static caches. Sequences padded on the right are computed; what comes out at the padding
+    means nothing.
     """
     pattern = Pattern.from_lists(segment_lengths, dilation_rates)
     if backend != "auto" and backend not in BACKENDS:
@@ -115,8 +116,8 @@ def _no_mask(
         )
     if isinstance(q_offset, torch.Tensor) or kv_length != q_offset + q_length:
         return ConfigError(
-            f"{kv_length} keys for {q_length} tokens are no cache that grows with the sequence, which dilated attention "
-            "needs: use the default DynamicCache"
+            f"{kv_length} keys for {q_length} tokens are no cache that grows with the sequence, as dilated attention "
+            "needs it: use the default DynamicCache"
         )
     if attention_mask is None or bool(attention_mask.all()):
         return None
@@ -188,7 +189,9 @@ def _attention(
     elif others.get("sliding_window") is not None:
         error = ConfigError(f"sliding windows, here of {others['sliding_window']} tokens, are not supported")
     else:
-        error = next((ConfigError(words) for key, words in _REFUSED.items() if others.get(key) not in (None, False)), None)
+        error = next(
+            (ConfigError(words) for key, words in _REFUSED.items() if others.get(key) not in (None, False)), None
+        )
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     alone = rank_and_size(comm)[1] == 1
