@@ -102,12 +102,12 @@ def ways_that_work(model, tokens):
 def logits_differ_by(model, tokens):
     """Return how far logits are from others, relative to these.
 
-    Those of one segment from those of sdpa, of a cached token from those of the whole sequence; and, to show what the two
-    are worth, those of the model without attention from those of sdpa.
+    Those of one segment from those of sdpa, of a cached token from those of the whole sequence; and, to show what that is
+    worth, those of the model without attention from those of sdpa.
     """
     with torch.no_grad():
         logits = {}
-        for name in ("sdpa", "one_segment", "longnet", "rest"):
+        for name in ("rest", "sdpa", "one_segment", "longnet"):
             model.set_attn_implementation(name)
             logits[name] = model(tokens, use_cache=False).logits[:, -1].double()
         cache = DynamicCache(config=model.config)
