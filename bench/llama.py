@@ -102,7 +102,7 @@ def ways_that_work(model, tokens):
 def logits_differ_by(model, tokens):
     """Return how far logits are from others, relative to these.
 
-    Those of one segment from those of sdpa, of a cached token from those of the whole sequence; and, to show what that is
+    Those of one segment from those of sdpa, of a cached token from those of the whole; and, to show what that is
     worth, those of the model without attention from those of sdpa.
     """
     with torch.no_grad():
