@@ -7,7 +7,7 @@ which takes the place of the mask: it is raised where all ranks can agree on it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from longnet_hpc.attention import BACKENDS
-from longnet_hpc.comm import rank_and_size
+from longnet_hpc.comm import allgather_objects, rank_and_size
 from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.continued import continued_attention
-from longnet_hpc.errors import BackendError, ConfigError, LongNetError
+from longnet_hpc.errors import BackendError, ConfigError
+from longnet_hpc.integrations.transformers.windows import window_attention
 from longnet_hpc.parallel import agreed_attention
 from longnet_hpc.pattern import Pattern
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from transformers import PreTrainedConfig
 
 __all__ = ["register"]
 
@@ -76,62 +78,79 @@ def register(
     Notes
     -----
     A model then raises `ConfigError` for what dilated attention cannot honour: padding on the left and other masks,
-    packed sequences, attention sinks, softcapping, sliding windows, dropout of attention weights,
-    ``output_attentions``, static caches. Sequences padded on the right are computed; what comes out at the padding
-    means nothing.
+    packed sequences, attention sinks, softcapping, dropout of attention weights, ``output_attentions``, static caches.
+    Sequences padded on the right are computed; what comes out at the padding means nothing. Layers with a sliding
+    window keep it, on one rank.
     """
     pattern = Pattern.from_lists(segment_lengths, dilation_rates)
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     AttentionInterface.register(name, partial(_attention, pattern=pattern, comm=comm, backend=backend))
-    AttentionMaskInterface.register(name, _no_mask)
+    AttentionMaskInterface.register(name, partial(_no_mask, comm=comm))
 
 
 def _no_mask(
     *,
+    config: PreTrainedConfig,
     q_length: int,
     kv_length: int,
     q_offset: int | torch.Tensor,
+    kv_offset: int,
     mask_function: Callable[..., Any],
     attention_mask: torch.Tensor | None,
+    comm: MPI.Comm | None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     **others: Any,
-) -> ConfigError | None:
-    """Return None in the place of a mask, or what is wrong with the mask that was asked for.
+) -> int | ConfigError | None:
+    """Return, in the place of a mask, None, the tokens of a sliding window, or what is wrong with what was asked for.
 
     Parameters
     ----------
+    config : PreTrainedConfig
+        Of the model.
     q_length, kv_length : int
         Tokens to compute, and keys, with those of a cache.
-    q_offset : int or torch.Tensor
-        Position of the first token to compute; a tensor where a static cache counts.
+    q_offset, kv_offset : int or torch.Tensor
+        Position of the first of each; a tensor where a static cache counts.
     mask_function : callable
-        Which keys a query sees; must be the library's causal one.
+        Which keys a query sees.
     attention_mask : torch.Tensor, optional
         True where a token is none of padding, ``(batch, tokens so far)``.
+    comm : mpi4py.MPI.Comm or None
+        Ranks that share the sequence.
+    local_size : int, optional
+        Tokens of a sliding window, or of a chunk.
+    allow_is_causal_skip : bool
+        Whether nothing was added to the mask.
     """
-    if mask_function is not causal_mask_function:
+    is_window = (
+        local_size is not None and local_size == getattr(config, "sliding_window", None) and allow_is_causal_skip
+    )
+    if not is_window and mask_function is not causal_mask_function:
         return ConfigError(
-            "the model asks for more than a causal mask (packed sequences, blocks or a mask function), which dilated "
-            "attention cannot honour"
+            "longnet cannot honour the mask that the model asks for, which is neither causal nor a sliding window: "
+            "packed sequences, blocks, chunks, or a function of one's own"
         )
-    if isinstance(q_offset, torch.Tensor) or kv_length != q_offset + q_length:
-        return ConfigError(
-            f"{kv_length} keys for {q_length} tokens are no cache that grows with the sequence, as dilated attention "
-            "needs it: use the default DynamicCache"
-        )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if not bool(attention_mask[:, 0].all()):
-        return ConfigError(
-            "padding on the left is not supported by dilated attention, whose grids begin at the first token: set the "
-            "tokenizer's padding_side to 'right', or generate from prompts of one length"
-        )
-    if bool((attention_mask[:, 1:] & ~attention_mask[:, :-1]).any()):
-        return ConfigError(
-            "attention_mask must not leave out tokens before others (as generation after padding on the right does): "
-            "generate from prompts of one length"
-        )
-    return None
+    is_whole = is_window or kv_offset == 0
+    if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length != q_offset + q_length or not is_whole:
+        return ConfigError("longnet needs a cache that grows with the sequence: use the default DynamicCache")
+    if attention_mask is not None and not bool(attention_mask.all()):
+        if rank_and_size(comm)[1] > 1:
+            return ConfigError(
+                "ranks that share a sequence take no attention_mask: leave it out; padding on the right needs none"
+            )
+        if not bool(attention_mask[:, 0].all()):
+            return ConfigError(
+                "padding on the left is not supported by longnet, whose grids begin at the first token: set the "
+                "tokenizer's padding_side to 'right', or generate from prompts of one length"
+            )
+        if bool((attention_mask[:, 1:] & ~attention_mask[:, :-1]).any()):
+            return ConfigError(
+                "attention_mask must not leave out tokens before others, as generation after padding on the right "
+                "does: generate from prompts of one length"
+            )
+    return local_size if is_window else None
 
 
 def _attention(
@@ -139,10 +158,9 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | ConfigError | None,
+    attention_mask: torch.Tensor | int | ConfigError | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
     *,
     pattern: Pattern,
     comm: MPI.Comm | None,
@@ -159,9 +177,9 @@ def _attention(
         ``(batch, heads, new tokens, head_dim)``.
     key, value : torch.Tensor
         ``(batch, kv_heads, tokens, head_dim)``, those of earlier tokens first.
-    attention_mask : ConfigError or None
+    attention_mask : int, ConfigError or None
         What `_no_mask` returned; a tensor only where a user made the mask.
-    dropout, scaling, is_causal, **others
+    dropout, scaling, **others
         Of the layer.
     pattern, comm, backend
         What was registered.
@@ -173,33 +191,58 @@ def _attention(
     None
         In the place of the weights.
     """
-    error: LongNetError | None = None
-    if isinstance(attention_mask, ConfigError):
-        error = attention_mask
-    elif attention_mask is not None:
-        error = ConfigError(
-            f"a custom attention mask, here {tuple(attention_mask.shape)}, is not supported by dilated attention"
-        )
-    elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        error = ConfigError(f"attention of {type(module).__name__} is not causal; longnet is for decoders")
-    elif dropout > 0.0:
-        error = ConfigError(
-            f"dropout of attention weights is not supported, got {dropout}: set the model's attention_dropout to 0"
-        )
-    elif others.get("sliding_window") is not None:
-        error = ConfigError(f"sliding windows, here of {others['sliding_window']} tokens, are not supported")
-    else:
-        error = next(
-            (ConfigError(words) for key, words in _REFUSED.items() if others.get(key) not in (None, False)), None
-        )
-
+    error = _refusal(module, attention_mask, dropout, others)
+    shared, continued = rank_and_size(comm)[1] > 1, query.shape[2] < key.shape[2]
+    if shared and error is None:
+        if continued:
+            error = ConfigError("ranks that share a sequence have no cache: pass use_cache=False")
+        elif attention_mask is not None:
+            error = ConfigError(f"layers with a sliding window, here of {attention_mask} tokens, run on one rank only")
+    if shared and getattr(module, "layer_idx", None) == 0:
+        misplaced = _misplaced(comm, query.shape[2], others.get("position_ids"))
+        error = error or misplaced
+    if error is None and isinstance(attention_mask, int):
+        return window_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    alone = rank_and_size(comm)[1] == 1
-    if error is None and q.shape[1] < k.shape[1]:
-        if alone:
-            return continued_attention(q, k, v, pattern, softmax_scale=scaling, backend=backend), None
-        error = ConfigError("ranks that share a sequence cannot generate from a cache: pass use_cache=False")
+    if error is None and continued:
+        return continued_attention(q, k, v, pattern, softmax_scale=scaling, backend=backend), None
     out, _ = agreed_attention(
         q, k, v, pattern, causal=True, softmax_scale=scaling, comm=comm, backend=backend, error=error
     )
     return out, None
+
+
+def _refusal(
+    module: torch.nn.Module, attention_mask: object, dropout: float, others: Mapping[str, Any]
+) -> ConfigError | None:
+    """Return what is wrong with what a layer asks for, if anything is."""
+    if isinstance(attention_mask, ConfigError):
+        return attention_mask
+    if isinstance(attention_mask, torch.Tensor):
+        return ConfigError(f"longnet cannot honour an attention mask of one's own, got {tuple(attention_mask.shape)}")
+    is_causal = others.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return ConfigError(f"longnet is for decoders, and {type(module).__name__} is not causal")
+    if dropout > 0.0:
+        return ConfigError(
+            f"dropout of attention weights is not supported in training, got {dropout}: set attention_dropout to 0"
+        )
+    if others.get("sliding_window") not in (None, attention_mask):
+        return ConfigError(
+            f"{type(module).__name__} has a sliding window of {others['sliding_window']} tokens, but not so its mask"
+        )
+    return next((ConfigError(_REFUSED[key]) for key in _REFUSED if others.get(key) not in (None, False)), None)
+
+
+def _misplaced(comm: MPI.Comm | None, local_len: int, position_ids: torch.Tensor | None) -> ConfigError | None:
+    """Return, on all ranks the same, what is wrong with the positions of their slices, if anything is. Collective."""
+    first = None if position_ids is None else int(position_ids[0, 0])
+    start = 0
+    for rank, (length, its_first) in enumerate(allgather_objects(comm, (local_len, first))):
+        if its_first not in (None, start):
+            return ConfigError(
+                f"position_ids of rank {rank} begin at {its_first}, but its slice at {start}: see "
+                "longnet_hpc.integrations.transformers.own_slice"
+            )
+        start += length
+    return None
