@@ -1,8 +1,8 @@
 """Dilated attention under a name that `attn_implementation` takes, for any decoder of `transformers`.
 
 The library asks for a mask once a forward pass, then each layer for its attention, with keys and values that may come
-from a cache. Here no mask is ever made. What a mask would have said and dilated attention cannot honour is an error,
-which takes the place of the mask: it is raised where all ranks can agree on it first.
+from a cache. Here no mask is ever made. What one would have said and dilated attention cannot honour is an error; where
+ranks share a sequence, it takes the place of the mask, and is raised by the first layer, where all ranks agree on it.
 """
 
 from __future__ import annotations
@@ -86,10 +86,18 @@ def register(
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     AttentionInterface.register(name, partial(_attention, pattern=pattern, comm=comm, backend=backend))
-    AttentionMaskInterface.register(name, partial(_no_mask, comm=comm))
+    AttentionMaskInterface.register(name, partial(_no_mask, shared=rank_and_size(comm)[1] > 1))
 
 
-def _no_mask(
+def _no_mask(*, shared: bool, **asked: Any) -> int | ConfigError | None:
+    """Return what `_window` does in the place of a mask, and an error, too, where ranks have to agree on it first."""
+    window = _window(shared=shared, **asked)
+    if isinstance(window, ConfigError) and not shared:
+        raise window
+    return window
+
+
+def _window(
     *,
     config: PreTrainedConfig,
     q_length: int,
@@ -98,12 +106,12 @@ def _no_mask(
     kv_offset: int,
     mask_function: Callable[..., Any],
     attention_mask: torch.Tensor | None,
-    comm: MPI.Comm | None,
+    shared: bool,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **others: Any,
 ) -> int | ConfigError | None:
-    """Return, in the place of a mask, None, the tokens of a sliding window, or what is wrong with what was asked for.
+    """Return the tokens of a sliding window, None for all that came before, or what is wrong with what was asked for.
 
     Parameters
     ----------
@@ -117,8 +125,8 @@ def _no_mask(
         Which keys a query sees.
     attention_mask : torch.Tensor, optional
         True where a token is none of padding, ``(batch, tokens so far)``.
-    comm : mpi4py.MPI.Comm or None
-        Ranks that share the sequence.
+    shared : bool
+        Whether several ranks share the sequence.
     local_size : int, optional
         Tokens of a sliding window, or of a chunk.
     allow_is_causal_skip : bool
@@ -136,7 +144,7 @@ def _no_mask(
     if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length != q_offset + q_length or not is_whole:
         return ConfigError("longnet needs a cache that grows with the sequence: use the default DynamicCache")
     if attention_mask is not None and not bool(attention_mask.all()):
-        if rank_and_size(comm)[1] > 1:
+        if shared:
             return ConfigError(
                 "ranks that share a sequence take no attention_mask: leave it out; padding on the right needs none"
             )
@@ -191,6 +199,9 @@ def _attention(
     None
         In the place of the weights.
     """
+    if torch.is_autocast_enabled(query.device.type):  # rotary factors of float32 make queries and keys that, too
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     error = _refusal(module, attention_mask, dropout, others)
     shared, continued = rank_and_size(comm)[1] > 1, query.shape[2] < key.shape[2]
     if shared and error is None:
@@ -231,7 +242,8 @@ def _refusal(
         return ConfigError(
             f"{type(module).__name__} has a sliding window of {others['sliding_window']} tokens, but not so its mask"
         )
-    return next((ConfigError(_REFUSED[key]) for key in _REFUSED if others.get(key) not in (None, False)), None)
+    asked = (key for key in _REFUSED if others.get(key) is not None and others[key] is not False)
+    return next((ConfigError(_REFUSED[key]) for key in asked), None)
 
 
 def _misplaced(comm: MPI.Comm | None, local_len: int, position_ids: torch.Tensor | None) -> ConfigError | None:

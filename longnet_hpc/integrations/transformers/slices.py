@@ -66,5 +66,9 @@ def own_slice(
         count = int((following != _IGNORED).sum())
         if count == 0:
             raise ShapeError("labels must have at least one token to predict after the first")
-        result |= {"labels": labels[:, own], "shift_labels": following[:, own], "num_items_in_batch": count}
+        result |= {
+            "labels": labels[:, own],
+            "shift_labels": following[:, own].contiguous(),
+            "num_items_in_batch": count,
+        }
     return result
