@@ -6,17 +6,23 @@ of segments that began before them also to the earlier keys on their grids, by s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.attention.branch import attend, attend_pieces
 from longnet_hpc.chunk import Chunk
-from longnet_hpc.errors import ShapeError
+from longnet_hpc.comm import agree_on
+from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.grids import past_grids
 from longnet_hpc.pattern import Pattern
-from longnet_hpc.sequence_plan import SequencePlan, check_shapes, scale_of
+from longnet_hpc.sequence_plan import LayerPlan, SequencePlan, check_shapes, scale_of
 
-__all__ = ["continued_attention"]
+__all__ = ["ContinuedPlan", "continued_attention"]
+
+Update = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""Adds keys and values of new tokens to those of a layer, and returns all, ``(batch, kv_heads, tokens, head_dim)``."""
 
 
 def continued_attention(
@@ -86,3 +92,58 @@ def continued_attention(
 
 def _nothing() -> None:
     """Drive no exchange: there is one rank."""
+
+
+class ContinuedPlan:
+    """The last tokens of a sequence whose keys and values a cache holds; takes the place of a plan in a model.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        The branches.
+    start, local_len : int
+        Tokens in the cache, and tokens that follow them.
+    update : callable
+        Adds keys and values of the latter to the cache of a layer, and returns all.
+    seq_len : int
+        What position encodings take for the length of the sequence; the same in all calls.
+    backend : str
+        Name of the attention backend.
+    """
+
+    def __init__(
+        self, pattern: Pattern, start: int, local_len: int, update: Update, *, seq_len: int, backend: str = "auto"
+    ) -> None:
+        self.pattern = pattern
+        self.start = start
+        self.local_len = local_len
+        self.seq_len = seq_len
+        self.update = update
+        self.backend = backend
+
+    def agree(self, facts: Mapping[str, object], error: LongNetError | None = None) -> None:
+        """Raise an error, if there is one; there is one rank."""
+        agree_on(None, facts, None, error)
+
+    def of_layer(self, index: int) -> LayerPlan:
+        """Return what computes the attention of a layer."""
+        return _Layer(self, index)
+
+
+class _Layer:
+    def __init__(self, plan: ContinuedPlan, index: int) -> None:
+        self.plan = plan
+        self.index = index
+        self.start = plan.start
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
+    ) -> torch.Tensor:
+        """Compute attention as `SequencePlan.attention` does; it has to be causal."""
+        assert causal, "what comes later in time cannot be seen"
+        pattern, backend = self.plan.pattern, self.plan.backend
+        all_k, all_v = (x.transpose(1, 2) for x in self.plan.update(k.transpose(1, 2), v.transpose(1, 2), self.index))
+        if self.start == 0:  # which can be differentiated
+            plan = SequencePlan.build(pattern, self.plan.local_len, backend=backend, device=q.device)
+            return plan.attention(q, k, v, causal=True, softmax_scale=softmax_scale)
+        return continued_attention(q, all_k, all_v, pattern, softmax_scale=softmax_scale, backend=backend)

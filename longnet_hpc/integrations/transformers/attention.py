@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from transformers import PreTrainedConfig
 
-__all__ = ["register"]
+__all__ = ["padding_error", "register"]
 
 _REFUSED = {
     "softcap": "softcapping is not supported by dilated attention: set the model's attn_logit_softcapping to None",
@@ -143,22 +143,29 @@ def _window(
     is_whole = is_window or kv_offset == 0
     if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length != q_offset + q_length or not is_whole:
         return ConfigError("longnet needs a cache that grows with the sequence: use the default DynamicCache")
-    if attention_mask is not None and not bool(attention_mask.all()):
-        if shared:
-            return ConfigError(
-                "ranks that share a sequence take no attention_mask: leave it out; padding on the right needs none"
-            )
-        if not bool(attention_mask[:, 0].all()):
-            return ConfigError(
-                "padding on the left is not supported by longnet, whose grids begin at the first token: set the "
-                "tokenizer's padding_side to 'right', or generate from prompts of one length"
-            )
-        if bool((attention_mask[:, 1:] & ~attention_mask[:, :-1]).any()):
-            return ConfigError(
-                "attention_mask must not leave out tokens before others, as generation after padding on the right "
-                "does: generate from prompts of one length"
-            )
+    if attention_mask is not None and (error := padding_error(attention_mask)) is not None:
+        return error
+    if attention_mask is not None and shared and not bool(attention_mask.all()):
+        return ConfigError("ranks that share a sequence take no attention_mask: leave it out; padding needs none")
     return local_size if is_window else None
+
+
+def padding_error(attention_mask: torch.Tensor) -> ConfigError | None:
+    """Return what is wrong with a mask ``(batch, tokens)`` that is 0 at padding; padding on the right is not wrong."""
+    tokens = attention_mask.bool()
+    if bool(tokens.all()):
+        return None
+    if not bool(tokens[:, 0].all()):
+        return ConfigError(
+            "padding on the left is not supported by longnet, whose grids begin at the first token: let the tokenizer "
+            "pad on the right, or generate from prompts of one length"
+        )
+    if bool((tokens[:, 1:] & ~tokens[:, :-1]).any()):
+        return ConfigError(
+            "attention_mask must not leave out tokens before others, as generation after padding on the right does: "
+            "generate from prompts of one length"
+        )
+    return None
 
 
 def _attention(
