@@ -1,5 +1,9 @@
 """Dilated attention in the decoders of `transformers`: the real package, small random weights, no downloads."""
 
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -16,7 +20,7 @@ from hugging_face import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from longnet_hpc.errors import BackendError, ConfigError, PatternError, ShapeError
 from longnet_hpc.integrations.transformers import own_slice, register
@@ -176,7 +180,7 @@ def test_softcapping_is_an_error():
 
 
 def test_attention_sinks_are_an_error():
-    from transformers import AutoModelForCausalLM, GptOssConfig
+    from transformers import GptOssConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = GptOssConfig(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=61, num_local_experts=2)
@@ -186,7 +190,7 @@ def test_attention_sinks_are_an_error():
 
 
 def test_chunked_attention_is_an_error():
-    from transformers import AutoModelForCausalLM, Llama4TextConfig
+    from transformers import Llama4TextConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
@@ -230,6 +234,18 @@ def test_one_rank_owns_all_of_a_batch():
     assert_same(loss_and_gradients(model, **own_slice(x, None, labels=labels)), wanted, 1e-6)
     with pytest.raises(ShapeError, match="at least one token"):
         own_slice(x, None, labels=torch.full_like(x, -100))
+
+
+def test_example_gives_a_model_a_longer_context(tmp_path, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "hugging_face.py"))
+    words = ["--context", "32", "--factor", "16", "--steps", "3", "--new-tokens", "5", "--output", str(tmp_path)]
+    example["main"](words)
+    shown = capsys.readouterr().out
+    assert "w = [32, 128, 512], r = [1, 4, 16]" in shown
+    before, after = map(float, re.search(r"end of 512 tokens: ([\d.]+) before, ([\d.]+) after", shown).groups())
+    assert after < before
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longnet")
+    assert model.config.max_position_embeddings == 512
 
 
 @settings(max_examples=60, deadline=None)
