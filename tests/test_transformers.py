@@ -170,6 +170,10 @@ def test_what_dilated_attention_cannot_honour_is_an_error(words, call):
     refused(words, call)
 
 
+def test_a_cache_that_forgets_what_is_before_a_window_is_an_error_where_layers_have_none():
+    refused("DynamicCache", lambda model: model.generate(X, max_new_tokens=2), sliding_window=6)
+
+
 def test_dropout_of_attention_weights_is_an_error_in_training_alone():
     refused("dropout", lambda model: model.train()(X), attention_dropout=0.1)
     model_of("llama", attention_dropout=0.1).eval()(X)

@@ -8,7 +8,7 @@ import torch
 from hugging_face import assert_same, loss_and_gradients, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
-from longnet_hpc import LongNet, LongNetConfig
+from longnet_hpc import LongNet, LongNetConfig, load_model
 from longnet_hpc.errors import CheckpointError, ConfigError, ShapeError
 from longnet_hpc.generate import generate
 from longnet_hpc.integrations.transformers import LongNetForCausalLM, LongNetPretrainedConfig, own_slice
@@ -81,6 +81,7 @@ def test_checkpoints_go_both_ways(tmp_path):
     path = model.save_checkpoint(tmp_path)
     for place in (path, tmp_path, str(tmp_path)):
         assert torch.equal(LongNetForCausalLM.from_checkpoint(place)(x).logits, model(x).logits)
+    assert torch.equal(load_model(tmp_path)(x), model(x).logits)
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         LongNetForCausalLM.from_checkpoint(tmp_path / "nothing")
 
@@ -97,8 +98,9 @@ def test_generation_with_a_cache_is_that_without_and_that_of_ours(positions, bea
         assert torch.equal(made[:, 13:], torch.stack(list(generate(model.longnet, prompts, 40)), dim=1))
 
 
-def test_a_prompt_in_pieces_gives_the_logits_of_the_whole():
-    model, x, cache = model_of(), tokens(2, 45), DynamicCache()
+@pytest.mark.parametrize("positions", ["rotary", "xpos"])
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(positions):
+    model, x, cache = model_of(positions=positions), tokens(2, 45), DynamicCache()
     with torch.no_grad():
         parts = [model(piece, cache=cache).logits for piece in x.split([11, 1, 17, 2, 14], dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(x).logits, atol=1e-5, rtol=1e-5)

@@ -25,14 +25,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from longnet_hpc.checkpoint import Checkpoint, DataOrder, find_checkpoint, load_checkpoint, save_checkpoint
+from longnet_hpc.checkpoint import Checkpoint, DataOrder, save_checkpoint
 from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS, LongNetConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.continued import ContinuedPlan
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.integrations.transformers.attention import padding_error
+from longnet_hpc.load import load_model
 from longnet_hpc.model import Block, LongNet
-from longnet_hpc.optimizer import load_weights
 from longnet_hpc.positions import longest_xpos
 from longnet_hpc.sequence_plan import SequencePlan
 
@@ -263,9 +263,9 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         CheckpointError
             If it is missing, damaged, or no checkpoint of this version.
         """
-        checkpoint = load_checkpoint(find_checkpoint(Path(path)))
-        model = cls(LongNetPretrainedConfig.from_longnet(checkpoint.model_config))
-        load_weights(model.longnet, checkpoint.tensors)
+        ours = load_model(path)
+        model = cls(LongNetPretrainedConfig.from_longnet(ours.config))
+        model.longnet.load_state_dict(ours.state_dict())
         model.eval()
         return model
 
