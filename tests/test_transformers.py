@@ -131,6 +131,21 @@ def test_trainer_takes_the_same_steps_as_with_the_models_own_attention(tmp_path,
     assert histories[1][-1] < histories[1][0]
 
 
+def test_a_compiled_model_computes_the_same_and_says_what_it_needs():
+    register(*DILATED)
+    model, x = model_of("llama", num_hidden_layers=1), tokens(1, 40)
+    wanted = loss_and_gradients(model, input_ids=x, labels=x)
+    compiled = torch.compile(model, backend="aot_eager")
+    got = compiled(x, attention_mask=torch.ones_like(x), labels=x, use_cache=False)
+    torch.testing.assert_close(got.loss.detach(), wanted[0])
+    model.zero_grad()
+    got.loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[2][name], msg=name)
+    with pytest.raises(ConfigError, match="attention_mask of ones"):
+        compiled(x, use_cache=False)
+
+
 def refused(words, call, *, family="llama", **changes):
     """Fail unless a call with a model raises ConfigError with these words."""
     register(*DILATED)

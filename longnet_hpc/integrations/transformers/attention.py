@@ -136,17 +136,20 @@ def _window(
         local_size is not None and local_size == getattr(config, "sliding_window", None) and allow_is_causal_skip
     )
     if not is_window and mask_function is not causal_mask_function:
+        # A graph looks for packed sequences unless there is a mask of padding.
+        compiled = "; under torch.compile pass an attention_mask of ones" if torch.compiler.is_compiling() else ""
         return ConfigError(
             "longnet cannot honour the mask that the model asks for, which is neither causal nor a sliding window: "
-            "packed sequences, blocks, chunks, or a function of one's own"
+            f"packed sequences, blocks, chunks, or a function of one's own{compiled}"
         )
     is_whole = is_window or kv_offset == 0
     if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length != q_offset + q_length or not is_whole:
         return ConfigError("longnet needs a cache that grows with the sequence: use the default DynamicCache")
-    if attention_mask is not None and (error := padding_error(attention_mask)) is not None:
-        return error
-    if attention_mask is not None and shared and not bool(attention_mask.all()):
-        return ConfigError("ranks that share a sequence take no attention_mask: leave it out; padding needs none")
+    if attention_mask is not None:
+        if shared and not bool(attention_mask.all()):  # a slice may well begin with padding
+            return ConfigError("ranks that share a sequence take no attention_mask: leave it out; padding needs none")
+        if (error := padding_error(attention_mask)) is not None:
+            return error
     return local_size if is_window else None
 
 
