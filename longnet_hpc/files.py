@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longnet_hpc.words import one_line
 
-__all__ = ["check_writable", "naming_errors", "replace_file"]
+__all__ = ["check_writable", "naming_errors", "replace_file", "system_errno"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -83,8 +83,24 @@ def naming_errors(
         raise raised(f"{failing}: {_reason(error)}") from error
 
 
+def system_errno(error: BaseException) -> int | None:
+    """Return the number of the system's error that is behind an error, None if there is none.
+
+    HDF5 hides it among file descriptors and pointers, and h5py may raise a KeyError or RuntimeError that quotes that.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        number = re.search(r"\berrno = (\d+)", str(cause))
+        if number is not None:
+            return int(number[1])
+        cause = cause.__cause__
+    return None
+
+
 def _reason(error: Exception) -> str:
-    """Return what went wrong, in one line; HDF5 hides the system's error among file descriptors and pointers."""
+    """Return what went wrong, in one line."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     number = re.search(r"\berrno = (\d+)", reason)
     if number is not None:
