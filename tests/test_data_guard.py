@@ -105,7 +105,11 @@ def test_error_that_does_not_pass_or_is_not_waited_for_is_told_at_once(path, clo
 def test_dataset_on_a_disk_that_fails_is_not_called_missing(path, monkeypatch):
     """h5py raises a KeyError there, as for a dataset that does not exist."""
 
+    real = h5py.File.__getitem__
+
     def absent(file, name):
+        if name != "tokens":
+            return real(file, name)
         raise KeyError("Unable to open object (file read failed: errno = 5, error message = 'x', buf = 0x55)")
 
     with monkeypatch.context() as patched:

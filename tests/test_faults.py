@@ -237,6 +237,13 @@ def test_disk_that_is_full_leaves_nothing_of_a_corpus(text, small_disk, capsys):
     assert not codes[-1]
 
 
+def test_corpus_whose_record_cannot_be_written_is_said_to_be_whole(text, tmp_path, capsys):
+    (tmp_path / "c.h5.record.jsonl").mkdir()
+    assert main(["prepare", str(text), "--output", str(tmp_path / "c.h5")]) == 2
+    said = f"error: {tmp_path}/c.h5 is whole, but cannot write its record {tmp_path}/c.h5.record.jsonl: Is a directory"
+    assert said in capsys.readouterr().err
+
+
 def test_disk_that_is_full_leaves_only_whole_files_of_a_report(tmp_path, small_disk, capsys):
     records = tmp_path / "strong.jsonl"
     for ranks in (1, 2, 4):
