@@ -10,7 +10,7 @@ gradient that is not finite     test_mpi_guard: test_gradient_that_is_not_finite
 weights that differ on a rank   test_mpi_guard: test_bit_that_flips_on_one_rank_ends_the_run_at_a_good_checkpoint
 bit flip in a checkpoint        test_checkpoint: test_checkpoint_with_a_flipped_bit_is_refused
 checkpoint cut short            test_train: test_damaged_checkpoint_is_passed_over_for_the_one_before
-bit flip in a corpus, at start  test_bad_input: test_damage_that_only_one_rank_reads_...
+bit flip in a corpus, at start  test_bad_input: test_damaged_chunk_on_the_second_rank_alone
 corpus that changes, and how    test_data_guard
 full disk while evaluating      test_run: test_figures_are_shown_even_if_the_results_can_no_longer_be_written
 ==============================  ==================================================================================
@@ -137,20 +137,23 @@ def test_crash_between_the_rename_of_a_checkpoint_and_its_sync_costs_no_more_tha
     assert_goes_on(forgotten, healthy, capsys)
 
 
-@pytest.mark.parametrize(
-    ("fault", "rank", "said"),
-    [
-        ("slow", 1, ""),
-        ("failing_reads", 1, r"warning: cannot read .*corpus.h5: Input/output error, on .*; failure (\d),"),
-        ("corpus_removed", 0, r"corpus.h5 was removed or renamed while .* reads it"),
-    ],
-)
-def test_training_that_a_fault_does_not_end_is_that_without(corpus, tmp_path, healthy, fault, rank, said):
+GOES_ON = {  # on which rank; what is said, how often; what a later resumption says
+    "slow": (1, "rank 1", 0, ""),
+    "failing_reads": (1, r"warning: cannot read .*corpus.h5: Input/output error, on .*; failure (\d),", 3, ""),
+    "corpus_removed": (0, r"corpus.h5 was removed or renamed while .* reads it", RANKS, "error: .* No such file"),
+}
+
+
+@pytest.mark.parametrize("fault", GOES_ON)
+def test_training_that_a_fault_does_not_end_is_that_without(corpus, tmp_path, healthy, capsys, fault):
+    rank, said, times, said_later = GOES_ON[fault]
     done = train(corpus, tmp_path / "run", fault, rank, 2, more=("--watchdog-seconds", "4"))
     assert done.code == 0, done.said
     assert steps_in(done.folder) == healthy
-    found = re.findall(said, done.said) if said else []
-    assert len(found) == {"slow": 0, "failing_reads": 3, "corpus_removed": RANKS}[fault], done.said
+    assert len(re.findall(said, done.said)) == times, done.said
+    later = resume(done.folder, capsys, more=("--steps", "7"))
+    assert later.code == (2 if said_later else 0)
+    assert re.search(said_later, later.said)
 
 
 def test_corpus_that_is_replaced_under_a_training_ends_it_and_is_not_resumed_with(corpus, tmp_path, capsys):
