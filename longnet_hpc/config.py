@@ -202,6 +202,8 @@ class ComputeConfig:
     """How GPU memory travels between ranks: by a CUDA-aware MPI (direct) or through host memory (staged)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
+    deterministic: bool = False
+    """Give the same bits in every run on the same ranks and devices, on a GPU too, which is then slower."""
     watchdog_seconds: float = field(default=600.0, metadata=THIS_CALL_ONLY)
     """Silence of a rank after which the job is ended, in seconds; 0 means never."""
 
@@ -261,8 +263,10 @@ class TrainConfig(ComputeConfig):
     """Under activation_checkpointing, keep the output of attention and its rows from other ranks nevertheless."""
     half_residual: bool = False
     """Keep the residual stream in the number format of matrix products, too: half its memory under bfloat16."""
+    shard_optimizer: bool = False
+    """Keep the optimizer state in shards, one a rank, in checkpoints too: the same results in less memory."""
     save_every: int = 100
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; there is always one at the end. They are written while the next step computes."""
     keep: int = 2
     """Number of checkpoints kept, the latest ones."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

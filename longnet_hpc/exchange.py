@@ -1,12 +1,12 @@
 """The keys and values of one spanning segment on their way between ranks: packed, gathered, unpacked, and the adjoint.
 
 A row of the exchange is one token and key/value head on the grid of one head offset; it carries keys and values of all
-sequences of the batch: ``(2, batch, head_dim)``.
+sequences of the batch: ``(2, batch, head_dim)``. Offsets with equally many tokens travel and are computed together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,8 @@ import torch
 from longnet_hpc.attention.sums import GradientCollector, wide_dtype
 from longnet_hpc.attention.views import grid_view
 from longnet_hpc.comm import RowGather
-from longnet_hpc.grids import Grid, head_grids
-from longnet_hpc.partition import SpanLayout
+from longnet_hpc.grids import Grid, column_grids
+from longnet_hpc.partition import Columns, SpanLayout
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Rows", "SpanExchange"]
 
-Rows = dict[int, tuple[torch.Tensor, torch.Tensor]]
-"""Compact keys and values by head offset: ``(batch, rows, distinct kv heads, head_dim)`` each."""
+Rows = dict[Columns, tuple[torch.Tensor, torch.Tensor]]
+"""Compact keys and values by columns: ``(batch, tokens, columns, head_dim)`` each."""
 
 
 class SpanExchange:
@@ -78,14 +78,14 @@ class SpanExchange:
         return pending.finish().view(self.received_shape(k))
 
     def unpack(self, received: torch.Tensor) -> Rows:
-        """Return the rows of all sources in rank order, by head offset."""
-        parts: dict[int, list[torch.Tensor]] = {offset: [] for offset in self.layout.needed}
-        for offset, block in self._received(received):
-            parts[offset].append(block)
-        rows = {offset: torch.cat(blocks) for offset, blocks in parts.items() if blocks}
+        """Return the rows of all sources in rank order, by columns."""
+        parts: dict[Columns, list[torch.Tensor]] = {}
+        for columns, block in self._received(received):
+            parts.setdefault(columns, []).append(block)
+        rows = {columns: blocks[0] if len(blocks) == 1 else torch.cat(blocks) for columns, blocks in parts.items()}
         return {
-            offset: (both[:, :, 0].permute(2, 0, 1, 3), both[:, :, 1].permute(2, 0, 1, 3))
-            for offset, both in rows.items()
+            columns: (both[:, :, 0].permute(2, 0, 1, 3), both[:, :, 1].permute(2, 0, 1, 3))
+            for columns, both in rows.items()
         }
 
     def start_adjoint(self, row_grads: Rows, k: torch.Tensor) -> Pending:
@@ -95,11 +95,11 @@ class SpanExchange:
         """
         send = k.new_empty(self.received_shape(k))
         position = dict.fromkeys(row_grads, 0)
-        for offset, block in self._received(send):
-            rows = slice(position[offset], position[offset] + len(block))
-            for part, grad in enumerate(row_grads[offset]):
+        for columns, block in self._received(send):
+            rows = slice(position[columns], position[columns] + len(block))
+            for part, grad in enumerate(row_grads[columns]):
                 block[:, :, part].copy_(grad[:, rows].permute(1, 2, 0, 3))
-            position[offset] = rows.stop
+            position[columns] = rows.stop
         return self.gather.start_adjoint(send.flatten(1), when_ready=True)
 
     def finish_adjoint(self, pending: Pending, k: torch.Tensor, dk: GradientCollector, dv: GradientCollector) -> None:
@@ -112,20 +112,22 @@ class SpanExchange:
 
     def _offered(self, rows: torch.Tensor) -> Iterator[tuple[Grid, torch.Tensor]]:
         """Yield each grid that this rank offers, with its part ``(tokens, heads, 2, batch, head_dim)`` of the rows."""
-        layout, position = self.layout, 0
-        for offset in chain.from_iterable(layout.offered):
-            kv_heads = layout.kv_heads_at[offset]
-            grids = head_grids(layout.branch, layout.piece, offset, kv_heads)
-            block = rows[position : position + grids[0].rows * len(kv_heads)].unflatten(0, (-1, len(kv_heads)))
+        layout, rank = self.layout, self.layout.span.ranks[self.gather.comm.rank]
+        blocks = chain.from_iterable(layout.blocks(rank, offsets) for offsets in layout.offered)
+        for columns, block in _cut(rows, blocks):
+            grids = column_grids(layout.branch, layout.piece, columns)
             yield from zip(grids, block.split([grid.heads for grid in grids], dim=1), strict=True)
-            position += grids[0].rows * len(kv_heads)
 
-    def _received(self, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield each offset that this rank needs, source by source, with its part ``(tokens, kv_heads, ...)``."""
-        layout, position = self.layout, 0
-        for source in layout.sources:
-            for offset in layout.needed:
-                tokens, kv_heads = layout.rows(source, offset), len(layout.kv_heads_at[offset])
-                if tokens:
-                    yield offset, rows[position : position + tokens * kv_heads].unflatten(0, (tokens, kv_heads))
-                    position += tokens * kv_heads
+    def _received(self, rows: torch.Tensor) -> Iterator[tuple[Columns, torch.Tensor]]:
+        """Yield the columns that this rank needs, source by source, with their part ``(tokens, columns, ...)``."""
+        layout = self.layout
+        yield from _cut(rows, chain.from_iterable(layout.blocks(source, layout.needed) for source in layout.sources))
+
+
+def _cut(rows: torch.Tensor, blocks: Iterable[tuple[int, Columns]]) -> Iterator[tuple[Columns, torch.Tensor]]:
+    """Yield the columns of blocks that lie one after another, each with its rows as ``(tokens, columns, ...)``."""
+    position = 0
+    for tokens, columns in blocks:
+        count = tokens * len(columns)
+        yield columns, rows[position : position + count].unflatten(0, (tokens, len(columns)))
+        position += count

@@ -16,7 +16,7 @@ from itertools import groupby
 from longnet_hpc.partition import Run
 from longnet_hpc.pattern import Branch
 
-__all__ = ["Grid", "earlier_grids", "head_grids", "kept_grids", "limited", "piece_grids", "row_grids"]
+__all__ = ["Grid", "column_grids", "earlier_grids", "kept_grids", "limited", "piece_grids", "row_grids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,34 +114,32 @@ def piece_grids(branch: Branch, run: Run, heads: int, kv_heads: int) -> tuple[tu
 
 @lru_cache(maxsize=4096)
 def row_grids(
-    branch: Branch, run: Run, offset: int, heads: int, kv_heads: int, tokens: int
+    branch: Branch, run: Run, columns: tuple[tuple[int, int], ...], heads: int, kv_heads: int, tokens: int
 ) -> tuple[tuple[Grid, Grid], ...]:
-    """Return the query grids of one piece at one offset, each with the grid of compact rows that it sees.
+    """Return the query grids of one piece, each with the grid of compact rows that it sees.
 
     Parameters
     ----------
     branch, run : Branch, Run
-        The grid of each head, and the one piece.
-    offset : int
-        Head offset.
+        The grid of each head, and the one piece, which has equally many rows at all offsets of the columns.
+    columns : tuple of pair of int
+        Head offset and key/value head of each column of the compact rows, offset by offset.
     heads, kv_heads : int
         Query heads and key/value heads.
     tokens : int
-        Tokens in the compact rows, ``(tokens, distinct key/value heads at this offset)``.
+        Tokens in the compact rows, ``(tokens, columns)``.
     """
-    kv_index = branch.kv_heads_at(offset, heads, kv_heads)
-    place = {kv_head: position for position, kv_head in enumerate(dict.fromkeys(kv_index))}
-    first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
+    place = {column: position for position, column in enumerate(columns)}
     pairs = [
-        _Pair(first_row, rows, head, place[kv_head])
-        for head, kv_head in zip(branch.heads_at(offset, heads), kv_index, strict=True)
+        _Pair(run.first_row(branch, offset), run.rows(branch, offset), head, place[offset, kv_head])
+        for offset in dict.fromkeys(offset for offset, _ in columns)
+        for head, kv_head in zip(
+            branch.heads_at(offset, heads), branch.kv_heads_at(offset, heads, kv_heads), strict=True
+        )
     ]
     return tuple(
-        (
-            _grid(branch, run, bundle, step),
-            Grid(0, tokens, 1, tokens, 1, 0, 0, bundle[0].kv_head, step[2], len(bundle)),
-        )
-        for bundle, step in _bundles(pairs)
+        (_grid(branch, run, bundle, step), _kept_grid(0, tokens, bundle[0].kv_head, len(bundle), step[2]))
+        for bundle, step in _fewest_bundles(branch, pairs)
     )
 
 
@@ -163,7 +161,7 @@ def earlier_grids(branch: Branch, run: Run, tokens: int, heads: int) -> tuple[tu
     """
     pairs = _pairs(branch, run, heads, heads)
     return tuple(
-        (_grid(branch, run, bundle, step), _kept_grid(0, rows, bundle, step))
+        (_grid(branch, run, bundle, step), _kept_grid(0, rows, bundle[0].head, len(bundle), step[1]))
         for rows, same in _by_rows_before(branch, tokens, pairs)
         if rows
         for bundle, step in _fewest_bundles(branch, same)
@@ -183,27 +181,24 @@ def kept_grids(branch: Branch, run: Run, heads: int, kv_heads: int) -> tuple[tup
     """
     pairs = _pairs(branch, run, heads, kv_heads)
     return tuple(
-        (_kv_grid(branch, run, bundle, step), _kept_grid(rows, bundle[0].rows, bundle, step))
+        (_kv_grid(branch, run, bundle, step), _kept_grid(rows, bundle[0].rows, bundle[0].head, len(bundle), step[1]))
         for rows, same in _by_rows_before(branch, run.phase, pairs)
         for bundle, step in _fewest_bundles(branch, same)
     )
 
 
 @lru_cache(maxsize=4096)
-def head_grids(branch: Branch, run: Run, offset: int, heads: tuple[int, ...]) -> tuple[Grid, ...]:
-    """Return the grids of some heads, all at one offset of equal pieces, in the order of the heads.
+def column_grids(branch: Branch, run: Run, columns: tuple[tuple[int, int], ...]) -> tuple[Grid, ...]:
+    """Return the grids of some columns of equal pieces, in the order of the columns.
 
     Parameters
     ----------
     branch, run : Branch, Run
-        The grid of the offset, and the pieces.
-    offset : int
-        Head offset.
-    heads : tuple of int
-        Ascending heads of the array, for instance those key/value heads that query heads at this offset look at.
+        The grid of each offset, and the pieces, which have equally many rows at all offsets of the columns.
+    columns : tuple of pair of int
+        Head offset of each column and its head in the array, that of keys for instance.
     """
-    first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
-    pairs = [_Pair(first_row, rows, head, head) for head in heads]
+    pairs = [_Pair(run.first_row(branch, offset), run.rows(branch, offset), head, head) for offset, head in columns]
     return tuple(_grid(branch, run, bundle, step) for bundle, step in _bundles(pairs))
 
 
@@ -281,5 +276,5 @@ def _kv_grid(branch: Branch, run: Run, bundle: list[_Pair], step: tuple[int, int
     return replace(_grid(branch, run, bundle, step), first_head=bundle[0].kv_head, head_step=step[2])
 
 
-def _kept_grid(first: int, rows: int, bundle: list[_Pair], step: tuple[int, int, int]) -> Grid:
-    return Grid(first, rows, 1, rows, 1, 0, 0, bundle[0].head, step[1], len(bundle))
+def _kept_grid(first: int, rows: int, first_head: int, heads: int, head_step: int) -> Grid:
+    return Grid(first, rows, 1, rows, 1, 0, 0, first_head, head_step, heads)

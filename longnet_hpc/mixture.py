@@ -94,10 +94,10 @@ def mix(
         received = []
         for (branch, exchange), flight in zip(exchanges, flights, strict=True):
             received.append(exchange.finish(flight, k))
-            for offset, rows in exchange.unpack(received[-1]).items():
-                pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
+            for columns, rows in exchange.unpack(received[-1]).items():
+                pairs = row_grids(branch, exchange.layout.piece, columns, heads, kv_heads, rows[0].shape[1])
                 attend(backend, q, *rows, pairs, total, causal=False, scale=scale, first=False, progress=progress)
-        plan.count_seconds(flights)
+        plan.count_seconds(exchanges, flights, back=False)
         return *total.result(), received
 
 
@@ -132,14 +132,14 @@ def mix_backward(
         of_received = HeldGradients()
         for (branch, exchange), its_received in zip(exchanges, received, strict=True):
             row_grads: Rows = {}
-            for offset, rows in exchange.unpack(its_received).items():
-                pairs = row_grids(branch, exchange.layout.piece, offset, heads, kv_heads, rows[0].shape[1])
+            for columns, rows in exchange.unpack(its_received).items():
+                pairs = row_grids(branch, exchange.layout.piece, columns, heads, kv_heads, rows[0].shape[1])
                 sums = gradient_sum(rows[0]), gradient_sum(rows[1])
                 attend_backward(
                     *(backend, q, *rows, pairs, output, of_received, *sums),
                     causal=False, scale=scale, progress=progress,
                 )  # fmt: skip
-                row_grads[offset] = sums[0].result(), sums[1].result()
+                row_grads[columns] = sums[0].result(), sums[1].result()
             flights.append(exchange.start_adjoint(row_grads, k))
         plan.bytes_received += sum(flight.bytes_received for flight in flights)
 
@@ -154,7 +154,7 @@ def mix_backward(
             exchange.finish_adjoint(flight, k, dk, dv)
         if add_given_back is not None:
             add_given_back(dk, dv)
-        plan.count_seconds(flights)
+        plan.count_seconds(exchanges, flights, back=True)
         grads = dk.result(), dv.result()  # first, since the memory of their parts serves the next
         return dq.result(), *grads
 

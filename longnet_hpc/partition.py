@@ -10,12 +10,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 from longnet_hpc.errors import PartitionError
 from longnet_hpc.pattern import Branch, Pattern
 
-__all__ = ["Partition", "Run", "Span", "SpanLayout", "communicator_rounds", "rank_groups"]
+__all__ = ["Columns", "Partition", "Run", "Span", "SpanLayout", "communicator_rounds", "rank_groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +223,16 @@ def communicator_rounds(groups: Iterable[tuple[int, ...]]) -> list[list[tuple[in
     return rounds
 
 
+Columns = tuple[tuple[int, int], ...]
+"""Head offsets, each with a key/value head that is looked at from there."""
+
+
 class SpanLayout:
     """How the keys (or values) that the ranks of one spanning segment exchange lie in memory, in rows of head_dim.
 
-    A block holds, offset by offset, ``rows x distinct kv heads`` rows. A rank needs only the offsets on whose grid it
-    has a query, so it offers one block for each distinct set of offsets that others need: nearly always one.
+    A block holds, group by group of offsets with equal numbers of tokens, ``tokens x columns`` rows
+    (see `Columns`), so that few kernels take them all. A rank needs only the offsets on whose grid
+    it has a query, so it offers one block for each distinct set of offsets that others need: nearly always one.
 
     Parameters
     ----------
@@ -246,6 +251,7 @@ class SpanLayout:
     def __init__(self, branch: Branch, span: Span, rank: int, heads: int, kv_heads: int, *, causal: bool) -> None:
         self.branch = branch
         self.span = span
+        self._blocks: dict[tuple[int, tuple[int, ...]], tuple[tuple[int, Columns], ...]] = {}
         self.piece = span.piece_of(rank)
         self.kv_heads_at = {
             offset: tuple(dict.fromkeys(branch.kv_heads_at(offset, heads, kv_heads)))
@@ -269,6 +275,18 @@ class SpanLayout:
             self.block_rows(other, self.needed) if other in self.sources else 0 for other in span.ranks
         )
 
+    def blocks(self, rank: int, offsets: tuple[int, ...]) -> tuple[tuple[int, Columns], ...]:
+        """Return the tokens and the columns of each group of ``offsets`` that the piece of ``rank`` has tokens of."""
+        key = rank, offsets
+        if key not in self._blocks:
+            groups = (tuple(same) for _, same in groupby(offsets, key=self._tokens_at))
+            self._blocks[key] = tuple(
+                (self.rows(rank, group[0]), tuple((its, head) for its in group for head in self.kv_heads_at[its]))
+                for group in groups
+                if self.rows(rank, group[0])
+            )
+        return self._blocks[key]
+
     def rows(self, rank: int, offset: int) -> int:
         """Return how many tokens of the piece of ``rank`` lie on the grid of ``offset``."""
         return self.span.piece_of(rank).rows(self.branch, offset)
@@ -276,6 +294,10 @@ class SpanLayout:
     def block_rows(self, rank: int, offsets: tuple[int, ...]) -> int:
         """Return the rows of head_dim in a block of ``rank`` that holds ``offsets``."""
         return sum(self.rows(rank, offset) * len(self.kv_heads_at[offset]) for offset in offsets)
+
+    def _tokens_at(self, offset: int) -> tuple[int, ...]:
+        """Return how many tokens each rank of the segment has on the grid of ``offset``."""
+        return tuple(piece.rows(self.branch, offset) for piece in self.span.pieces)
 
     def _offsets_of(self, rank: int) -> tuple[int, ...]:
         return tuple(offset for offset in self.kv_heads_at if self.rows(rank, offset))

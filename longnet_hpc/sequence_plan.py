@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from numbers import Real
@@ -40,6 +40,9 @@ class LayerPlan(Protocol):
         """Compute the attention of one layer; see `SequencePlan.attention`."""
 
 
+Observer = Callable[[Sequence[tuple[Branch, SpanExchange]], Sequence["Pending"], bool], object]
+
+
 class SequencePlan:
     """Who owns which tokens of one sequence, and everything that its attention needs for that; made by `build`.
 
@@ -65,6 +68,8 @@ class SequencePlan:
         Seconds that this rank has spent in MPI to start exchanges and, between kernels, to drive them.
     seconds_waited : float
         Seconds that this rank has waited for exchanges that computing did not hide.
+    observer : callable or None
+        Told of the finished exchanges of each pass, and whether gradients went back by them.
     """
 
     def __init__(self, pattern: Pattern, partition: Partition, comm: MPI.Comm | None, backend: str) -> None:
@@ -76,6 +81,7 @@ class SequencePlan:
         self.bytes_received = 0
         self.seconds_tested = 0.0
         self.seconds_waited = 0.0
+        self.observer: Observer | None = None
         self.handle = handle_of(self)
         self._comm = comm
         self._exchanges: dict[tuple[int, int, bool], tuple[tuple[Branch, SpanExchange], ...]] = {}
@@ -240,10 +246,14 @@ class SequencePlan:
             self._exchanges[key] = self._make_exchanges(*key)
         return self._exchanges[key]
 
-    def count_seconds(self, flights: Sequence[Pending]) -> None:
-        """Add what finished exchanges took of this rank's time."""
+    def count_seconds(
+        self, exchanges: Sequence[tuple[Branch, SpanExchange]], flights: Sequence[Pending], *, back: bool
+    ) -> None:
+        """Add what finished exchanges took of this rank's time; ``back`` if gradients went back by them."""
         self.seconds_tested += sum(flight.seconds_tested for flight in flights)
         self.seconds_waited += sum(flight.seconds_waited for flight in flights)
+        if self.observer is not None:
+            self.observer(exchanges, flights, back)
 
     def _make_exchanges(self, heads: int, kv_heads: int, causal: bool) -> tuple[tuple[Branch, SpanExchange], ...]:
         if self._comm is None:

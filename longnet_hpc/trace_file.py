@@ -19,7 +19,7 @@ from longnet_hpc.errors import StoppedError
 from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.trace import CATEGORIES, IDLE, Category, Event, Trace, use
 
-__all__ = ["MOST_EVENTS", "Summary", "summary_of", "traced"]
+__all__ = ["MOST_EVENTS", "Summary", "meet", "summary_of", "traced"]
 
 MOST_EVENTS = 1 << 20
 """Spans in a file, of all ranks together: about 100 MB, which is what browsers take."""
@@ -77,7 +77,7 @@ def traced(path: Path | None, launch: Launch) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, lambda partial: partial.write_text("[]\n"))
     trace = Trace(on_gpu=launch.device.type == "cuda", most_events=max(1000, MOST_EVENTS // launch.size))
-    began = _meet(launch)
+    began = meet(launch)
     try:
         with use(trace):
             yield
@@ -87,7 +87,7 @@ def traced(path: Path | None, launch: Launch) -> Iterator[None]:
     _write(path, launch, trace, began)
 
 
-def _meet(launch: Launch) -> tuple[int, int]:
+def meet(launch: Launch) -> tuple[int, int]:
     """Return this rank's clock when all ranks met, and that of rank 0, in nanoseconds. Collective.
 
     The median over some barriers: ranks leave one within microseconds of each other, unless one is interrupted.
@@ -104,7 +104,7 @@ def _meet(launch: Launch) -> tuple[int, int]:
 def _write(path: Path, launch: Launch, trace: Trace, began: tuple[int, int]) -> None:
     """Write the events of all ranks on rank 0, rank by rank, and say in short what they tell. Collective."""
     seconds = trace.seconds()
-    ended = _meet(launch)
+    ended = meet(launch)
     start = allgather_objects(launch.comm, began[1])[0]
     # Clocks of different nodes run apart, so what lies between the two meetings is stretched to fit.
     rate = (ended[1] - began[1]) / max(1, ended[0] - began[0])

@@ -126,7 +126,8 @@ def test_training_that_a_fault_ends_goes_on_from_what_it_saved(corpus, tmp_path,
 def test_crash_between_the_rename_of_a_checkpoint_and_its_sync_costs_no_more_than_the_steps_since_the_one_before(
     corpus, tmp_path, healthy, capsys
 ):
-    done = train(corpus, tmp_path / "run", "killed_between_rename_and_sync", 0, 3)
+    # Before step 4, the checkpoint of step 2 being on the disk: the next is that of step 4.
+    done = train(corpus, tmp_path / "run", "killed_between_rename_and_sync", 0, 4)
     assert done.code in CODES_OF_A_KILL, done.said
     assert saved_in(done.folder) == [2, 4]
     forgotten = tmp_path / "forgotten"  # a rename that never came to the disk
@@ -204,7 +205,7 @@ def leave_free(disk, size):
 
 
 def test_disk_that_is_full_ends_a_training_with_whole_files(corpus, small_disk, healthy, capsys):
-    done = train(corpus, small_disk / "run", "disk_full", 0, 3)
+    done = train(corpus, small_disk / "run", "disk_full", 0, 4)
     assert done.code == 2, done.said
     assert len(re.findall("error: cannot write .*: No space left on device", done.said)) == 1
     assert "Traceback" not in done.said

@@ -63,15 +63,18 @@ def test_row_gather_adjoint_satisfies_the_inner_product_identity(comm):
     row_gather(comm, check)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 @pytest.mark.parametrize("shape", [(), (1,), (7, 5), (1000, 3), (0,)])
 def test_sum_over_ranks_is_wide_in_rank_order_and_alike_everywhere(comm, dtype, shape):
     mine = normal(*shape, seed=comm.rank).to(dtype)
     expected = torch.zeros(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for rank in range(comm.size):
-        expected = expected + normal(*shape, seed=rank).to(dtype)
+        expected = expected + normal(*shape, seed=rank).to(dtype).to(expected.dtype)
     total = communication.all_reduce_sum(comm, mine)
-    assert_all_close(comm, [(total, expected.to(dtype))], 0.0)
+    assert total.dtype == dtype
+    assert_all_close(comm, [(total.to(expected.dtype), expected.to(dtype).to(expected.dtype))], 0.0)
     assert torch.equal(mine, normal(*shape, seed=comm.rank).to(dtype))
 
 
@@ -116,6 +119,7 @@ def test_transposed_buffers_are_refused_before_mpi_sees_them(comm):
 
 def test_buffers_of_an_exchange_that_nobody_finishes_stay(comm):
     counts, starts = [1000] * comm.size, [0] * comm.size
+    buffers.Pending.finish_left()
     pending = buffers.start_alltoallv(comm, torch.zeros(1000, 4), counts, starts, counts)
     assert pending in buffers.Pending._in_flight
     comm.Barrier()
@@ -124,6 +128,28 @@ def test_buffers_of_an_exchange_that_nobody_finishes_stay(comm):
     (kept,) = [pending for pending in buffers.Pending._in_flight if id(pending) == abandoned]
     kept.finish()
     assert not buffers.Pending._in_flight
+
+
+def test_rank_that_gets_nothing_goes_on_before_others_have_taken_its_rows(comm):
+    """Of more bytes than MPI sends before it is asked for them."""
+    rows, others = 1 << 16, comm.size - 1
+    sends = comm.rank == 0
+    counts = [0, *[rows] * others] if sends else [0] * comm.size
+    expected = [0 if sends else rows, *[0] * others]
+    own_comm = comm.Dup()
+    for number in range(buffers.MAX_LEFT):
+        send = torch.full((rows if sends else 0, 16), float(number))
+        if not sends:
+            comm.Recv(bytearray(1), 0, tag=number)  # the first rank has finished by then
+        received = buffers.start_alltoallv(own_comm, send, counts, [0] * comm.size, expected).finish()
+        for other in range(1, comm.size if sends else 0):
+            comm.Send(bytes(1), other, tag=number)
+        assert sends or (received == number).all()
+    assert len(buffers.Pending._left) <= buffers.MAX_LEFT
+    buffers.Pending.finish_left()
+    assert not buffers.Pending._left
+    assert not buffers.Pending._in_flight
+    own_comm.Free()
 
 
 class Kernels:

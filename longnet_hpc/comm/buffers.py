@@ -7,6 +7,8 @@ makes every dtype alike and keeps counts far below 2**31.
 
 from __future__ import annotations
 
+import atexit
+import math
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -31,6 +33,10 @@ __all__ = ["MAX_COUNT", "Pending", "start_alltoallv"]
 
 MAX_COUNT = 2**31 - 1
 """Largest count or displacement that every MPI takes, in rows."""
+MAX_LEFT = 16
+"""Exchanges that a rank which gets nothing from them goes on without, at most."""
+_SECONDS_AT_EXIT = 5.0
+"""How long the end of a process waits for ranks that are still to take what was sent to them, in seconds."""
 
 
 class Pending:
@@ -57,12 +63,17 @@ class Pending:
         Seconds that the start and `test` spent in MPI, driving the exchange between kernels.
     seconds_waited : float
         Seconds that the device had nothing to do while `finish` waited.
+    started, idle_since, finished : float
+        When MPI was given the exchange, when the device had nothing more to do, and when what was received was there,
+        in seconds of `time.perf_counter`; infinity for what has not happened, or not before the end.
     """
 
     _in_flight: ClassVar[set[Pending]] = set()
     """Keeps the buffers of an exchange that nobody finished, since MPI still writes to them."""
     _to_start: ClassVar[deque[Pending]] = deque()
     """Exchanges that are not ready, in the order in which all ranks made them: in that order they are started."""
+    _left: ClassVar[deque[Pending]] = deque()
+    """Exchanges that this rank got nothing from, and went on without; they are complete when all others have theirs."""
 
     def __init__(
         self,
@@ -84,6 +95,7 @@ class Pending:
         self._ready = ready
         self.seconds_tested = 0.0
         self.seconds_waited = 0.0
+        self.started = self.idle_since = self.finished = math.inf
         self.bytes_received = recvbuf.numel() * recvbuf.element_size()
         self._in_flight.add(self)
         self._to_start.append(self)
@@ -92,19 +104,13 @@ class Pending:
         """Start what is ready, let MPI make progress; return whether the exchange is complete."""
         life.progress += 1
         self.start_ready()
-        if self._request is not None and not self._complete:  # the call, out of cache after a kernel, takes 10 us
-            started = time.perf_counter()
-            self._complete = bool(self._request.Test())
-            self.seconds_tested += time.perf_counter() - started
-            if self._complete and self._transfer is not None:
-                self._transfer.end()
-                self._transfer = None
-        return self._complete
+        return self._request_is_complete()
 
     def finish(self) -> torch.Tensor:
         """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device.
 
-        All exchanges that were made before are started first: other ranks may need them to come this far.
+        All exchanges that were made before are started first: other ranks may need them to come this far. A rank that
+        gets nothing does not wait until others, who may be behind, have taken what it sends.
         """
         idle = _Idle(_reached(self._device))
         while self._to_start:
@@ -113,21 +119,22 @@ class Pending:
                 self._to_start.popleft()._start()
             elif self._request is not None:
                 self._request.Test()
-        request = self._request
-        assert request is not None
-        traced = nullcontext() if self._transfer is None else span("wait", self._what)
-        with traced, life.waiting_for(f"exchange of {self._what}"):
-            idle.wait(request)
-        self.seconds_waited = idle.seconds()
-        if self._transfer is not None:
-            self._transfer.end()
-        self._sendbuf = None
-        self._in_flight.discard(self)
+        if self.bytes_received:
+            self._wait(idle)
+        else:
+            self._left.append(self)
+            if len(self._left) > MAX_LEFT:
+                self._left.popleft()._wait(idle)
+        self.finished = time.perf_counter()
+        self.idle_since = idle.since
+        self.seconds_waited = max(0.0, self.finished - idle.since)
         return self._recvbuf.to(self._device, non_blocking=True)
 
     @classmethod
     def start_ready(cls) -> None:
         """Start the exchanges that are ready, up to the first that is not."""
+        while cls._left and cls._left[0]._request_is_complete():
+            cls._left.popleft()._release()
         while cls._to_start and cls._to_start[0]._is_ready():
             cls._to_start.popleft()._start()
 
@@ -145,16 +152,53 @@ class Pending:
         """Return what the exchanges send that are not finished; any thread may ask."""
         return [its._what for its in list(cls._in_flight)]
 
+    @classmethod
+    def finish_left(cls) -> None:
+        """Wait, but not for long, until other ranks have taken what they were sent."""
+        deadline = time.monotonic() + _SECONDS_AT_EXIT
+        while cls._left and time.monotonic() < deadline:
+            cls.start_ready()
+
+    def _request_is_complete(self) -> bool:
+        if self._request is not None and not self._complete:  # the call, out of cache after a kernel, takes 10 us
+            started = time.perf_counter()
+            self._complete = bool(self._request.Test())
+            self.seconds_tested += time.perf_counter() - started
+            if self._complete and self._transfer is not None:
+                self._transfer.end()
+                self._transfer = None
+        return self._complete
+
+    def _wait(self, idle: _Idle) -> None:
+        """Wait for the request of an exchange that was started."""
+        assert self._request is not None
+        traced = nullcontext() if self._transfer is None else span("wait", self._what)
+        with traced, life.waiting_for(f"exchange of {self._what}"):
+            idle.wait(self._request)
+        self._release()
+
+    def _release(self) -> None:
+        """Give up what a complete exchange held."""
+        if self._transfer is not None:
+            self._transfer.end()
+            self._transfer = None
+        self._sendbuf = None
+        self._in_flight.discard(self)
+
     def _is_ready(self) -> bool:
         return self._ready is None or self._ready.query()
 
     def _start(self) -> None:
         assert self._begin is not None
         self._transfer = transfer(self._what)
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         self._request = self._begin()
         self._begin = None  # it holds the buffers
-        self.seconds_tested += time.perf_counter() - started
+        self.seconds_tested += time.perf_counter() - self.started
+
+
+# MPI is ended after this.
+atexit.register(Pending.finish_left)
 
 
 def _reached(device: torch.device) -> torch.cuda.Event | None:
@@ -163,22 +207,27 @@ def _reached(device: torch.device) -> torch.cuda.Event | None:
 
 
 class _Idle:
-    """How long a device has had nothing to do, as far as one has looked.
+    """Since when a device has had nothing to do, as far as one has looked.
 
     Parameters
     ----------
     last_kernel : torch.cuda.Event or None
         When a GPU has done all that it was given; None for the CPU, which waits itself.
+
+    Attributes
+    ----------
+    since : float
+        Infinity while it has something to do.
     """
 
     def __init__(self, last_kernel: torch.cuda.Event | None) -> None:
         self._last_kernel = last_kernel
-        self._since: float | None = None
+        self.since = math.inf
         self.look()
 
     def look(self) -> None:
-        if self._since is None and (self._last_kernel is None or self._last_kernel.query()):
-            self._since = time.perf_counter()
+        if self.since == math.inf and (self._last_kernel is None or self._last_kernel.query()):
+            self.since = time.perf_counter()
 
     def wait(self, request: MPI.Request) -> None:
         """Wait for a request."""
@@ -187,9 +236,6 @@ class _Idle:
             return
         while not request.Test():
             self.look()
-
-    def seconds(self) -> float:
-        return 0.0 if self._since is None else time.perf_counter() - self._since
 
 
 def start_alltoallv(

@@ -116,6 +116,8 @@ def _bind(device: str, node_rank: int) -> torch.device:
         return torch.device("cpu")
     bound = torch.device("cuda", node_rank % torch.cuda.device_count())
     torch.cuda.set_device(bound)
+    # On CUDA's default stream every copy that MPI makes between GPUs would wait for all kernels launched so far.
+    torch.cuda.set_stream(torch.cuda.Stream(bound))
     return bound
 
 

@@ -56,7 +56,8 @@ def _seconds(point: Row, results: Row) -> str:
 def _exchange(point: Row, results: Row) -> str:
     if "hidden_fraction" not in results:
         return "-"
-    return " / ".join(f"{results[f'exchange_{what}_seconds'] * 1e3:,.2f}" for what in ("alone", "driven", "waited"))
+    told = (results[f"exchange_{what}_seconds"] * 1e3 for what in ("alone", "late", "under_way"))
+    return " / ".join(f"{milliseconds:,.2f}" for milliseconds in told)
 
 
 def _received(point: Row, results: Row) -> str:
@@ -74,7 +75,8 @@ _FIRST: list[_Column] = [
 ]
 _LAST: list[_Column] = [
     ("gradient s", _number("gradient_seconds", 1, 3)),
-    ("exchange ms: alone / driven / waited", _exchange),
+    ("exchange ms: alone / late / under way", _exchange),
+    ("hidden %", _number("hidden_fraction", 100, 0)),
     ("MB / least", _received),
 ]
 _SCALING: list[_Column] = [*_FIRST, ("efficiency %", _number("efficiency", 100, 1)), *_LAST]

@@ -13,8 +13,10 @@ from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.partition import Partition
 from longnet_hpc.scaling.rounds import Rounds
+from longnet_hpc.scaling.waits import Flight, FlightLog, waits_of
 from longnet_hpc.scaling.work import attention_work
 from longnet_hpc.sequence_plan import SequencePlan
+from longnet_hpc.trace_file import meet
 
 __all__ = ["Overlap", "needed_bytes"]
 
@@ -59,13 +61,20 @@ class Overlap:
     def __init__(self, rounds: Rounds, plan: SequencePlan) -> None:
         self._rounds, self._plan = rounds, plan
         self._counted: list[tuple[float, float, int]] = []
+        self._flights: list[list[Flight]] = []
+        self._log = FlightLog(plan.rank)
 
     def take(self, work: Callable[[], object], *, timed: bool) -> None:
         """Do a round. Collective over the ranks of the point."""
-        plan = self._plan
+        plan, log = self._plan, self._log
         driven, waited, received = plan.seconds_tested, plan.seconds_waited, plan.bytes_received
-        self._rounds.take(work, timed=timed)
+        plan.observer, log.flights = log, []
+        try:
+            self._rounds.take(work, timed=timed)
+        finally:
+            plan.observer = None
         if timed:
+            self._flights.append(log.flights)
             self._counted.append(
                 (plan.seconds_tested - driven, plan.seconds_waited - waited, plan.bytes_received - received)
             )
@@ -75,10 +84,11 @@ class Overlap:
     ) -> dict[str, Any]:
         """Return what records say of exchanges, the same on all ranks. Collective over the ranks of the point.
 
-        What the slowest rank spent in MPI to start and drive them, and waited for them with nothing to compute, is
-        compared with what they take alone, on whichever rank that is most. What it spared is ``hidden_fraction``, as in
-        OSU's benchmarks of overlap; a GPU goes on computing while the host drives them. Ranks with less to do wait
-        longer, which is not the exchange's fault.
+        Time that the slowest rank spent in MPI to start and drive them, and had nothing to compute and waited for them:
+        of that for ranks that were late, which no exchange can help. For rows on their way waits whichever rank waits
+        most; that is compared with what they take alone, on whichever rank that is most, and what is spared is
+        ``hidden_fraction``, as in OSU's benchmarks of overlap. On a CPU driving them counts as well; a GPU goes on
+        computing meanwhile.
 
         Parameters
         ----------
@@ -98,18 +108,31 @@ class Overlap:
         least = needed_bytes(model, plan.partition, plan.rank, row_bytes, layers=layers, training=training)
         driven, waited, received = (statistics.median(column) for column in zip(*self._counted, strict=True))
         alone = layers * self._alone(launch, model.heads, x, training=training)
-        answers = allgather_objects(launch.comm, (received, least, alone, driven, waited))
-        received, least, alone, *_ = (max(column) for column in zip(*answers, strict=True))
-        *_, driven, waited = answers[slowest_rank]
+        own_clock, first_clock = meet(launch)
+        answers = allgather_objects(
+            launch.comm, (received, least, alone, driven, waited, (own_clock - first_clock) / 1e9, self._flights)
+        )
+        received, least, alone, *_ = (max(column) for column in zip(*(its[:3] for its in answers), strict=True))
         results = {"bytes_received": int(received), "bytes_received_minimum": least}
-        if received:
-            results |= {
-                "exchange_alone_seconds": alone,
-                "exchange_driven_seconds": driven,
-                "exchange_waited_seconds": waited,
-                "hidden_fraction": 1 - (waited + (0.0 if x.is_cuda else driven)) / alone,
-            }
-        return results
+        if not received:
+            return results
+        ahead = [its[5] for its in answers]
+        rounds = [waits_of(flights, ahead) for flights in zip(*(its[6] for its in answers), strict=True)]
+        late, under_way = (
+            [statistics.median(getattr(waits[rank], name) for waits in rounds) for rank in range(len(answers))]
+            for name in ("late", "under_way")
+        )
+        driven = [its[3] for its in answers]
+        spent = under_way if x.is_cuda else [sum(both) for both in zip(under_way, driven, strict=True)]
+        return {
+            **results,
+            "exchange_alone_seconds": alone,
+            "exchange_driven_seconds": driven[slowest_rank],
+            "exchange_waited_seconds": answers[slowest_rank][4],
+            "exchange_late_seconds": late[slowest_rank],
+            "exchange_under_way_seconds": max(under_way),
+            "hidden_fraction": 1 - max(spent) / alone,
+        }
 
     @torch.no_grad()
     def _alone(self, launch: Launch, heads: int, x: torch.Tensor, *, training: bool) -> float:
