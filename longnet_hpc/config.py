@@ -40,6 +40,11 @@ def at_least(config: object, limit: int, *names: str) -> None:
             raise ConfigError(f"{name} must be at least {limit}, got {value}")
 
 
+def _finite_time(config: object, name: str) -> None:
+    if not 0.0 <= getattr(config, name) < math.inf:
+        raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LongNetConfig:
     """A LongNet decoder (LongNet, Section 4; MAGNETO blocks)."""
@@ -203,8 +208,7 @@ class ComputeConfig:
     """Silence of a rank after which the job is ended, in seconds; 0 means never."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.watchdog_seconds < math.inf:
-            raise ConfigError(f"watchdog_seconds must be at least 0 and finite, got {self.watchdog_seconds}")
+        _finite_time(self, "watchdog_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +227,8 @@ class TrainConfig(ComputeConfig):
     """Step after which to save and stop early, for a job with a time limit, in steps; above those done before."""
     corpus: Path | None = None
     """Corpus file made by prepare. None means Python's standard library, less one file in twenty for evaluation."""
+    read_retry_seconds: float = field(default=60.0, metadata=THIS_CALL_ONLY)
+    """Time for which a read of the corpus that a shared file system refuses is tried again, in seconds; 0 is never."""
     preset: PresetName = "tiny"
     """Model and optimizer the fields below start from; replaces a config file's model, not its optimizer."""
     model: LongNetConfig = PRESETS["tiny"]
@@ -274,6 +280,7 @@ class TrainConfig(ComputeConfig):
         at_least(self, 1, "compare_every")
         at_least(self, 1, "chunk_len")
         at_least(self, 0, "stop_after")
+        _finite_time(self, "read_retry_seconds")
         if self.stream and (self.batch_size != 1 or self.accumulation != 1):
             raise ConfigError("a step of a stream is one sequence: batch_size and accumulation must be 1")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
@@ -319,6 +326,8 @@ class EvalConfig(ComputeConfig):
     """Checkpoint file, or the folder of a run for its latest one."""
     corpus: Path | None = None
     """Corpus file (HDF5, made by prepare). None means the part of the standard library that train leaves out."""
+    read_retry_seconds: float = field(default=60.0, metadata=THIS_CALL_ONLY)
+    """Time for which a read of the corpus that a shared file system refuses is tried again, in seconds; 0 is never."""
     seq_len: int | None = None
     """Length of a sequence over all ranks, in tokens. None means that of training; of a stream, the whole corpus."""
     stream: bool = False
@@ -342,6 +351,7 @@ class EvalConfig(ComputeConfig):
         super().__post_init__()
         at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
         at_least(self, 0, "stop_after")
+        _finite_time(self, "read_retry_seconds")
         if self.stream and (self.batch_size != 1 or self.max_batches is not None):
             raise ConfigError("a stream is one sequence: batch_size and max_batches have no say, give seq_len")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from longnet_hpc.words import one_line
 
-__all__ = ["check_writable", "make_partial", "naming_errors", "partial_of", "put_in_place", "replace_file"]
+__all__ = [
+    "check_writable",
+    "make_partial",
+    "naming_errors",
+    "partial_of",
+    "put_in_place",
+    "replace_file",
+    "system_errno",
+]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -113,6 +121,22 @@ def naming_errors(
         yield
     except kinds as error:
         raise raised(f"{failing}: {_reason(error)}") from error
+
+
+def system_errno(error: BaseException) -> int | None:
+    """Return the number of the system's error that is behind an error, None if there is none.
+
+    HDF5 hides it among file descriptors and pointers, and h5py may raise a KeyError or RuntimeError that quotes that.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        number = re.search(r"\berrno = (\d+)", str(cause))
+        if number is not None:
+            return int(number[1])
+        cause = cause.__cause__
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -134,7 +134,7 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
             if config.resume is None and folder.exists():
                 raise ConfigError(f"folder {folder} exists; go on with --resume {folder}, or choose another --folder")
             checkpoint = _checkpoint_to_resume(folder, launch) if config.resume else None
-            corpus = Corpus(corpus_path)
+            corpus = Corpus(corpus_path, config.read_retry_seconds)
             kind = StreamTrainer if config.stream else Trainer
             trainer = kind(config, launch, corpus, checkpoint)
             if config.start_from is not None and checkpoint is None:
