@@ -201,6 +201,15 @@ def test_ranks_on_gpus_equal_the_oracle(comm, dtype, way, monkeypatch):
     assert_all_close(comm, [(total.cpu(), torch.full((3,), comm.size * (comm.size + 1) / 2).to(dtype))], 0.0)
 
 
+def test_a_rank_computes_beside_the_default_stream():
+    before = torch.cuda.current_stream()
+    try:
+        start(device="cuda")
+        assert torch.cuda.current_stream() != torch.cuda.default_stream()
+    finally:
+        torch.cuda.set_stream(before)
+
+
 @pytest.mark.mpi(min_size=2)
 def test_exchange_is_over_before_kernels_that_were_launched_after_its_rows(comm):
     """On CUDA's default stream it would wait for them: a rank computes on another (see `launch`)."""
