@@ -1,0 +1,1 @@
+"""Models, weights and formats of others."""
