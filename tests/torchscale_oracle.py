@@ -1,4 +1,4 @@
-"""torchscale's LongNet in float64, written from a description of what it computes: what our integration is compared with.
+"""torchscale's LongNet in float64, written from a description of what it computes, to compare our integration with.
 
 It shares no code with the package. Attention goes position by position; nothing is clever.
 """
