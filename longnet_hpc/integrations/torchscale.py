@@ -8,7 +8,7 @@ with a `TorchscalePlan`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,9 +18,8 @@ from longnet_hpc.encoder import LongNetEncoder
 from longnet_hpc.errors import CheckpointError
 from longnet_hpc.integrations.torchscale_attention import TorchscalePlan, torchscale_attention
 from longnet_hpc.integrations.torchscale_config import TorchscaleConfig
-from longnet_hpc.integrations.weights import read_weights
+from longnet_hpc.integrations.weights import fill, names_in_words, read_weights
 from longnet_hpc.model import LongNet
-from longnet_hpc.words import joined, one_line
 
 __all__ = ["TorchscalePlan", "load_decoder", "load_encoder", "torchscale_attention"]
 
@@ -37,11 +36,9 @@ _BLOCK_NAMES = {
     "fc2": "ffn.fc2",
 }
 """Names of torchscale by ours, within a block."""
-_NAMES = {"norm": "layer_norm", "embedding": "embed_tokens", "head": "output_projection"}
+_OTHER_NAMES = {"norm": "layer_norm", "embedding": "embed_tokens", "head": "output_projection"}
 _NO_WEIGHTS = ".self_attn.xpos.scale"
 """End of the name of a table that torchscale keeps among its weights."""
-_MOST_NAMED = 4
-"""Most names of weights in an error."""
 
 
 def load_encoder(
@@ -82,7 +79,7 @@ def load_encoder(
     ours = TorchscaleConfig.of(config, "encoder").encoder()
     with torch.device("meta"):  # so that no weights are drawn
         model = LongNetEncoder(ours)
-    _fill(model, _own(read_weights(weights), prefix), dtype)
+    fill(model, _own(read_weights(weights), prefix), _names(model), dtype)
     return model
 
 
@@ -122,7 +119,7 @@ def load_decoder(
     own = _own(read_weights(weights), prefix)
     if theirs.share_input_output_embed and "embed_tokens.weight" in own:
         own.setdefault("output_projection.weight", own["embed_tokens.weight"])
-    _fill(model, own, dtype)
+    fill(model, own, _names(model), dtype)
     if ours.tie_head:
         model.head.weight = model.embedding.weight
     elif theirs.no_scale_embedding:
@@ -135,35 +132,18 @@ def _own(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
     """Return the weights whose names begin with a prefix, by the rest of their names."""
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     if prefix and not own:
-        raise CheckpointError(f"no name of a weight begins with {prefix!r}, but there is {_named(weights)}")
+        raise CheckpointError(f"no name of a weight begins with {prefix!r}, but there is {names_in_words(weights)}")
     return {name: tensor for name, tensor in own.items() if not name.endswith(_NO_WEIGHTS)}
 
 
-def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Give a model without weights those of torchscale, as copies."""
-    expected = {_their_name(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = []
-    if missing := [name for name in expected if name not in weights]:
-        problems.append(f"there is no {_named(missing)}")
-    if unexpected := [name for name in weights if name not in expected]:
-        problems.append(f"the model has no {_named(unexpected)}")
-    if problems:
-        raise CheckpointError(f"the weights are of another model: {'; '.join(problems)}")
-    for theirs, (_, shape) in expected.items():
-        if weights[theirs].shape != shape or not weights[theirs].dtype.is_floating_point:
-            got = f"{weights[theirs].dtype} {tuple(weights[theirs].shape)}"
-            raise CheckpointError(f"the weights are of another model: {theirs} must be {tuple(shape)}, got {got}")
-    own = {name: weights[theirs].detach().to(dtype, copy=True) for theirs, (name, _) in expected.items()}
-    model.load_state_dict(own, assign=True)
-
-
-def _their_name(name: str) -> str:
-    module, kind = name.rsplit(".", 1)
-    if module.startswith("blocks."):
-        _, index, part = module.split(".")
-        return f"layers.{index}.{_BLOCK_NAMES[part]}.{kind}"
-    return f"{_NAMES[module]}.{kind}"
-
-
-def _named(names: Iterable[str]) -> str:
-    return joined((one_line(name) for name in names), _MOST_NAMED)
+def _names(model: nn.Module) -> dict[str, str]:
+    """Return our name of each weight of a model by torchscale's."""
+    names = {}
+    for name in model.state_dict():
+        module, kind = name.rsplit(".", 1)
+        if module.startswith("blocks."):
+            _, index, part = module.split(".")
+            names[f"layers.{index}.{_BLOCK_NAMES[part]}.{kind}"] = name
+        else:
+            names[f"{_OTHER_NAMES[module]}.{kind}"] = name
+    return names
