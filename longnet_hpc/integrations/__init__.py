@@ -1,1 +1,1 @@
-"""Models, weights and formats of others."""
+"""Other libraries that can compute with LongNet, each imported by its own module alone; and weights of others."""
