@@ -44,8 +44,8 @@ def torchscale_attention(
 ) -> torch.Tensor:
     """Attend as torchscale's ``DilatedAttention`` does between its projections, on one rank.
 
-    Every branch gathers copies of queries, keys and values, so this takes more time and memory than
-    `longnet_hpc.dilated_attention`; both grow linearly with the sequence.
+    Every branch gathers copies of queries, keys and values, and its output and their gradients are as large as the
+    sequence, so this takes more memory than `longnet_hpc.dilated_attention`; both grow linearly with the sequence.
 
     Parameters
     ----------
@@ -83,10 +83,9 @@ def torchscale_attention(
         out, lse = _Attention.apply(*rows, chosen, causal, scale)
         outs.append(_scatter(out.transpose(1, 2), branch, seq))
         lses.append(_scatter(lse.transpose(1, 2).unsqueeze(-1), branch, seq))
-    with torch.no_grad():
-        merged = torch.stack(lses)
-        # That is 0 where the branch does not look, and rarely where it does.
-        weights = merged.masked_fill(merged == 0, _ABSENT).softmax(0)
+    merged = torch.stack(lses)
+    # That is 0 where a branch does not look, and rarely where it does.
+    weights = merged.masked_fill(merged == 0, _ABSENT).softmax(0)
     result = torch.zeros_like(q)
     for out, weight in zip(outs, weights, strict=True):
         result = result + out * weight.to(out.dtype)
