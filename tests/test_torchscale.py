@@ -1,4 +1,5 @@
 import copy
+import random as random_numbers
 import types
 
 import oracle
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from longnet_hpc import LongNet, Pattern, SequencePlan, dilated_attention
 from longnet_hpc.errors import CheckpointError, ConfigError, LongNetError, ShapeError
 from longnet_hpc.integrations.torchscale import TorchscalePlan, load_decoder, load_encoder, torchscale_attention
+from longnet_hpc.integrations.weights import read_weights
 
 ENCODER = {
     "encoder_layers": 2,
@@ -215,6 +217,27 @@ def test_damaged_file_is_one_clear_error(tmp_path, name, damage):
         load_encoder(path, ENCODER)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_file_with_changed_bytes_is_read_or_refused_in_one_line(tmp_path, kind):
+    path, weights = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth"), {"a": torch.zeros(3)}
+    if kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
+    whole, draw, refused = path.read_bytes(), random_numbers.Random(0), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 8))):
+            damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_weights(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 30
 
 
 def test_file_with_anything_to_execute_is_refused(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ _OF_TORCH = (
     TypeError,
     AttributeError,
     AssertionError,
+    OverflowError,
+    struct.error,
     pickle.PickleError,
 )
 """What `torch.load` raises over a file that is damaged, or has more in it than tensors."""
@@ -55,7 +59,8 @@ def read_weights(source: Mapping[str, torch.Tensor] | str | Path) -> Mapping[str
             return load_file(path)
     with naming_errors(f"cannot read weights {path}", raised=CheckpointError):
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of damage that is an error anyway
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
         except _OF_TORCH as error:
             raise CheckpointError(f"weights {path} are damaged, or no file of tensors alone") from error
     return _state_dict(loaded, str(path))
