@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DilatedAttention": "longnet_hpc.multihead",
+    "EncoderConfig": "longnet_hpc.encoder_config",
     "LongNet": "longnet_hpc.model",
     "LongNetConfig": "longnet_hpc.config",
+    "LongNetEncoder": "longnet_hpc.encoder",
     "LongNetError": "longnet_hpc.errors",
     "Partition": "longnet_hpc.partition",
     "Pattern": "longnet_hpc.pattern",

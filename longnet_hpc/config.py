@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tyro.conf import Positional, PositionalMetavarFromFieldName
 
@@ -65,14 +65,20 @@ class LongNetConfig:
     """Segment length w of each attention branch, in tokens."""
     dilation_rates: tuple[int, ...] = PAPER_DILATION_RATES
     """Dilation rate r of each attention branch, in tokens."""
-    positions: Literal["rotary", "xpos"] = "rotary"
-    """Position encoding: rotary, or xPos as in the paper (limited in length)."""
+    positions: Literal["rotary", "xpos", "none"] = "rotary"
+    """Position encoding: rotary, xPos as in the paper (limited in length), or none but the order that a mask gives."""
     rotary_base: float = 10000.0
     """Base of the rotary wavelengths, in tokens."""
     dropout: float = 0.0
     """Probability of zeroing an activation while training, 0 to below 1. Masks depend on the global position alone."""
     tie_head: bool = True
     """Use the token embedding as output projection."""
+
+    # What a block asks of its config and `encoder_config.EncoderConfig` leaves open is the same for all decoders.
+    causal: ClassVar[bool] = True
+    norms: ClassVar[Literal["sub", "pre", "post", "deep"]] = "sub"
+    norm_eps: ClassVar[float] = 1e-5
+    activation: ClassVar[Literal["gelu", "relu"]] = "gelu"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "layers", "embed_dim", "heads", "ffn_ratio")
@@ -86,14 +92,19 @@ class LongNetConfig:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not 1.0 < self.rotary_base < math.inf:
             raise ConfigError(f"rotary_base must be above 1 and finite, got {self.rotary_base}")
-        if self.positions not in ("rotary", "xpos"):
-            raise ConfigError(f"positions must be rotary or xpos, got {self.positions!r}")
+        if self.positions not in ("rotary", "xpos", "none"):
+            raise ConfigError(f"positions must be rotary, xpos or none, got {self.positions!r}")
         _ = self.pattern  # a pattern that cannot exist is an error here, not at the first step
 
     @property
     def head_dim(self) -> int:
         """Features of one head."""
         return self.embed_dim // self.heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer, in features."""
+        return self.embed_dim * self.ffn_ratio
 
     @property
     def parameter_count(self) -> int:

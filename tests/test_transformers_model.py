@@ -35,7 +35,9 @@ def test_config_goes_to_longnet_and_back(tied):
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 4)
 
 
-@pytest.mark.parametrize("changes", [{"heads": 5}, {"positions": "none"}, {"dilation_rates": [1]}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"heads": 5}, {"positions": "absolute"}, {"dilation_rates": [1]}, {"dropout": 1.0}]
+)
 def test_config_that_cannot_be_is_an_error(changes):
     with pytest.raises(ValueError, match="heads|positions|pair up|dropout"):
         LongNetPretrainedConfig(**{**SIZES, **changes})
