@@ -11,7 +11,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy = none
 
-.PHONY: setup demo lint test test-one test-parallel test-slurm
+.PHONY: setup demo docs lint test test-one test-parallel test-slurm
 
 setup: $(bin)/.ready
 
@@ -23,6 +23,11 @@ $(bin)/.ready: setup.py constraints.txt
 
 demo: setup
 	PATH=$(bin):$$PATH $(bin)/mpirun -n 4 $(bin)/python -m longnet_hpc.run
+
+# Pages and API reference; a warning is an error.
+docs: setup
+	$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 lint: setup
 	$(bin)/ruff check .
