@@ -26,6 +26,7 @@ demo: setup
 
 # Pages and API reference; a warning is an error.
 docs: setup
+	rm -rf docs/generated
 	$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 

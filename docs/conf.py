@@ -17,7 +17,7 @@ import longnet_hpc  # noqa: E402
 
 project = "longnet_hpc"
 author = "The longnet_hpc developers"
-copyright = f"2026, {author}"  # noqa: A001
+copyright = f"2026, {author}"
 version = release = longnet_hpc.__version__
 
 extensions = [
@@ -76,6 +76,12 @@ def _signature(
     return ("", None) if what == "class" and dataclasses.is_dataclass(obj) else None
 
 
+def _link_to_report(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Let a page lead to the report that is copied beside it, which would else be a download without its pictures."""
+    if docname == "forecast/README":
+        source[0] = source[0].replace("[index.html](index.html)", '<a href="index.html">index.html</a>')
+
+
 def _copy_forecast(app: Sphinx, error: Exception | None) -> None:
     """Put the report that lies in this folder beside the pages, pictures and all."""
     if error is None and app.builder.format == "html":
@@ -86,4 +92,5 @@ def setup(app: Sphinx) -> None:
     """Connect what this file adds."""
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-signature", _signature)
+    app.connect("source-read", _link_to_report)
     app.connect("build-finished", _copy_forecast)

@@ -34,7 +34,7 @@ def _end_of_comment(lines: list[str]) -> int:
 def _paragraph(part: str) -> str:
     lines = part.strip("\n").splitlines()
     if all(line.startswith("    ") for line in lines):
-        return "\n".join(["```console", *(line[4:] for line in lines), "```"])
+        return "\n".join(["```bash", *(line[4:] for line in lines), "```"])
     return part
 
 
