@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
+LONGEST_VALUE = 100
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
 
 import longnet_hpc  # noqa: E402
@@ -44,14 +47,13 @@ autodoc_typehints_format = "short"
 autosummary_generate = True
 napoleon_google_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # names that share a line of a docstring stay together
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 add_module_names = False
 
 copybutton_prompt_text = "$ "
 html_math_renderer = "mathml"
-numfig = True
-math_numfig = False
 
 html_theme = "furo"
 html_title = f"longnet_hpc {release}"
@@ -76,6 +78,23 @@ def _signature(
     return ("", None) if what == "class" and dataclasses.is_dataclass(obj) else None
 
 
+def _docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep napoleon from taking what stands before a colon in the first line of an attribute's docstring for its type."""
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")
+
+
+def _shorten(app: Sphinx, domain: str, kind: str, content: addnodes.desc_content) -> None:
+    """Leave out values that are longer than what is said of them, and a base that all classes have."""
+    for signature in content.parent.findall(addnodes.desc_signature):
+        for part in list(signature.findall(addnodes.desc_annotation)):
+            if part.astext().startswith(" = ") and len(part.astext()) > LONGEST_VALUE:
+                signature.remove(part)
+    first = next(iter(content.children), None)
+    if isinstance(first, nodes.paragraph) and first.astext() == "Bases: object":
+        content.remove(first)
+
+
 def _link_to_report(app: Sphinx, docname: str, source: list[str]) -> None:
     """Let a page lead to the report that is copied beside it, which would else be a download without its pictures."""
     if docname == "forecast/README":
@@ -92,5 +111,7 @@ def setup(app: Sphinx) -> None:
     """Connect what this file adds."""
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon
+    app.connect("object-description-transform", _shorten)
     app.connect("source-read", _link_to_report)
     app.connect("build-finished", _copy_forecast)

@@ -17,7 +17,7 @@ from longnet_hpc import Partition, Pattern, SequencePlan, dilated_attention
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-len", type=int, default=8192, help="tokens over all ranks (default: 8192)")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens over all ranks (default: 4096)")
     options = parser.parse_args()
     comm, (batch, heads, head_dim) = MPI.COMM_WORLD, (1, 4, 32)
     pattern = Pattern.geometric(options.seq_len, base=512, ratio=4)

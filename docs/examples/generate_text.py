@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--prompt", default="    def __init__(self", help="text to go on with")
     parser.add_argument("--new-tokens", type=int, default=80, help="tokens of each sample (default: 80)")
     parser.add_argument("--samples", type=int, default=2, help="samples (default: 2)")
-    parser.add_argument("--steps", type=int, default=60, help="steps of training without a checkpoint (default: 60)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of training without a checkpoint (default: 40)")
     options = parser.parse_args()
 
     model = model_of(options.checkpoint) if options.checkpoint else trained_model(options.steps)

@@ -18,8 +18,8 @@ from longnet_hpc.stream import SequenceStream
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-len", type=int, default=32768, help="tokens of the sequence (default: 32768)")
-    parser.add_argument("--chunk-len", type=int, default=4096, help="tokens of a chunk (default: 4096)")
+    parser.add_argument("--seq-len", type=int, default=16384, help="tokens of the sequence (default: 16384)")
+    parser.add_argument("--chunk-len", type=int, default=2048, help="tokens of a chunk (default: 2048)")
     options = parser.parse_args()
 
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", help="files, folders, archives (default: a module of Python)")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a sequence (default: 2048)")
-    parser.add_argument("--steps", type=int, default=20, help="training steps (default: 20)")
+    parser.add_argument("--steps", type=int, default=12, help="training steps (default: 12)")
     options = parser.parse_args()
 
     launch = start()  # MPI, where a launcher asks for it, and the device of this rank

@@ -76,11 +76,11 @@ def _draw_ranks(look: str) -> Figure:
         axes.add_patch(Rectangle((position, 0), 0.9, 0.9, color=color))
     for rank in range(partition.size):
         start, stop = partition.bounds[rank : rank + 2]
-        axes.plot([start, stop - 0.1], [1.35, 1.35], color=text, linewidth=1.2)
+        axes.plot([start, stop - 0.6], [1.35, 1.35], color=text, linewidth=1.2)
         axes.text((start + stop) / 2, 1.6, f"rank {rank}", ha="center", color=text, fontsize=10)
     for start in range(0, partition.stop, branch.segment_length):
         stop = min(start + branch.segment_length, partition.stop)
-        axes.plot([start, stop - 0.1], [-0.45, -0.45], color=text, linewidth=1.2)
+        axes.plot([start, stop - 0.6], [-0.45, -0.45], color=text, linewidth=1.2)
         axes.text((start + stop) / 2, -1.35, f"segment, w = 32 (tokens {start} to {stop - 1})", ha="center", color=text)
     axes.set_xlim(-0.5, partition.stop + 0.5)
     axes.set_ylim(-1.6, 2.3)
