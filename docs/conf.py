@@ -79,7 +79,7 @@ def _signature(
 
 
 def _docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep napoleon from taking what stands before a colon in the first line of an attribute's docstring for its type."""
+    """Keep napoleon from taking what stands before a colon in an attribute's docstring for its type."""
     if what in ("attribute", "data", "property"):
         lines.insert(0, "")
 
