@@ -14,6 +14,7 @@ from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
 LONGEST_VALUE = 100
+HIDDEN_COLON = "\ue000"
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
 
 import longnet_hpc  # noqa: E402
@@ -78,10 +79,14 @@ def _signature(
     return ("", None) if what == "class" and dataclasses.is_dataclass(obj) else None
 
 
-def _docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def _hide_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Keep napoleon from taking what stands before a colon in an attribute's docstring for its type."""
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")
+        lines[:] = [line.replace(":", HIDDEN_COLON) for line in lines]
+
+
+def _show_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [line.replace(HIDDEN_COLON, ":") for line in lines]
 
 
 def _shorten(app: Sphinx, domain: str, kind: str, content: addnodes.desc_content) -> None:
@@ -111,7 +116,8 @@ def setup(app: Sphinx) -> None:
     """Connect what this file adds."""
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-signature", _signature)
-    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _hide_colons, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _show_colons, priority=600)
     app.connect("object-description-transform", _shorten)
     app.connect("source-read", _link_to_report)
     app.connect("build-finished", _copy_forecast)

@@ -58,10 +58,14 @@ def test_example_runs_as_its_docstring_says(program, tmp_path):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=names(PROGRAMS))
-def test_example_explains_its_options(program):
-    help_of = [node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Call)]
-    options = [call for call in help_of if getattr(call.func, "attr", "") == "add_argument"]
-    assert all(any(keyword.arg in ("help", "default") for keyword in call.keywords) for call in options)
+def test_example_explains_its_options_and_shows_no_others(program):
+    tree = ast.parse(program.read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    options = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    assert options
+    assert all(any(keyword.arg == "help" for keyword in call.keywords) for call in options)
+    shown = set(re.findall(r"(?<=\s)--[\w-]+", " ".join(re.findall(r"^ .*", ast.get_docstring(tree), re.MULTILINE))))
+    assert shown <= {call.args[0].value for call in options}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=names(SCRIPTS))

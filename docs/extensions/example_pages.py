@@ -28,7 +28,10 @@ def example_page(path: Path) -> str:
 
 
 def _end_of_comment(lines: list[str]) -> int:
-    return next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return next(
+        (number for number, line in enumerate(lines) if not line.startswith("#") or line.startswith("#SBATCH")),
+        len(lines),
+    )
 
 
 def _paragraph(part: str) -> str:
