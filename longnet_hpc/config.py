@@ -40,6 +40,11 @@ def at_least(config: object, limit: int, *names: str) -> None:
             raise ConfigError(f"{name} must be at least {limit}, got {value}")
 
 
+def _finite_time(config: object, name: str) -> None:
+    if not 0.0 <= getattr(config, name) < math.inf:
+        raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LongNetConfig:
     """A LongNet decoder (LongNet, Section 4; MAGNETO blocks)."""
@@ -198,12 +203,13 @@ class ComputeConfig:
     """How GPU memory travels between ranks: by a CUDA-aware MPI (direct) or through host memory (staged)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
+    deterministic: bool = False
+    """Give the same bits in every run on the same ranks and devices, on a GPU too, which is then slower."""
     watchdog_seconds: float = field(default=600.0, metadata=THIS_CALL_ONLY)
     """Silence of a rank after which the job is ended, in seconds; 0 means never."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.watchdog_seconds < math.inf:
-            raise ConfigError(f"watchdog_seconds must be at least 0 and finite, got {self.watchdog_seconds}")
+        _finite_time(self, "watchdog_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +228,8 @@ class TrainConfig(ComputeConfig):
     """Step after which to save and stop early, for a job with a time limit, in steps; above those done before."""
     corpus: Path | None = None
     """Corpus file made by prepare. None means Python's standard library, less one file in twenty for evaluation."""
+    read_retry_seconds: float = field(default=60.0, metadata=THIS_CALL_ONLY)
+    """Time for which a read of the corpus that a shared file system refuses is tried again, in seconds; 0 is never."""
     preset: PresetName = "tiny"
     """Model and optimizer the fields below start from; replaces a config file's model, not its optimizer."""
     model: LongNetConfig = PRESETS["tiny"]
@@ -256,8 +264,10 @@ class TrainConfig(ComputeConfig):
     """Under activation_checkpointing, keep the output of attention and its rows from other ranks nevertheless."""
     half_residual: bool = False
     """Keep the residual stream in the number format of matrix products, too: half its memory under bfloat16."""
+    shard_optimizer: bool = False
+    """Keep the optimizer state in shards, one a rank, in checkpoints too: the same results in less memory."""
     save_every: int = 100
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; there is always one at the end. They are written while the next step computes."""
     keep: int = 2
     """Number of checkpoints kept, the latest ones."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -271,6 +281,7 @@ class TrainConfig(ComputeConfig):
         at_least(self, 1, "compare_every")
         at_least(self, 1, "chunk_len")
         at_least(self, 0, "stop_after")
+        _finite_time(self, "read_retry_seconds")
         if self.stream and (self.batch_size != 1 or self.accumulation != 1):
             raise ConfigError("a step of a stream is one sequence: batch_size and accumulation must be 1")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
@@ -316,6 +327,8 @@ class EvalConfig(ComputeConfig):
     """Checkpoint file, or the folder of a run for its latest one."""
     corpus: Path | None = None
     """Corpus file (HDF5, made by prepare). None means the part of the standard library that train leaves out."""
+    read_retry_seconds: float = field(default=60.0, metadata=THIS_CALL_ONLY)
+    """Time for which a read of the corpus that a shared file system refuses is tried again, in seconds; 0 is never."""
     seq_len: int | None = None
     """Length of a sequence over all ranks, in tokens. None means that of training; of a stream, the whole corpus."""
     stream: bool = False
@@ -339,6 +352,7 @@ class EvalConfig(ComputeConfig):
         super().__post_init__()
         at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
         at_least(self, 0, "stop_after")
+        _finite_time(self, "read_retry_seconds")
         if self.stream and (self.batch_size != 1 or self.max_batches is not None):
             raise ConfigError("a stream is one sequence: batch_size and max_batches have no say, give seq_len")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from longnet_hpc.config import LongNetConfig
+from longnet_hpc.continued import ContinuedPlan
 from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.dropout import position_dropout
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
@@ -26,7 +27,7 @@ from longnet_hpc.stream import ChunkPlan
 __all__ = ["Block", "LongNet"]
 
 Recomputed = Literal["nothing", "all but attention", "all"]
-Plan = SequencePlan | ChunkPlan
+Plan = SequencePlan | ChunkPlan | ContinuedPlan
 _keeping_attention = partial(
     create_selective_checkpoint_contexts,
     [torch.ops.longnet_hpc.mixture.default, torch.ops.longnet_hpc.stream_mixture.default],
@@ -61,14 +62,18 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, inner)
         self.inner_ffn_norm = nn.LayerNorm(inner)
         self.fc2 = nn.Linear(inner, width)
-        # MAGNETO, Table 2, decoder-only: gain sqrt(ln 2M) for all but queries and keys.
-        gain = math.sqrt(math.log(2 * config.layers))
-        for projection in (self.q_proj, self.k_proj):
-            nn.init.xavier_normal_(projection.weight)
-            nn.init.zeros_(projection.bias)
-        for projection in (self.v_proj, self.out_proj, self.fc1, self.fc2):
-            nn.init.xavier_normal_(projection.weight, gain=gain)
-            nn.init.zeros_(projection.bias)
+        for layer in self.children():
+            self.draw(layer)
+
+    def draw(self, layer: nn.Module) -> None:
+        """Draw the parameters of one of its layers (MAGNETO, Table 2, decoder-only)."""
+        if isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+        elif isinstance(layer, nn.Linear):
+            shapes_scores = layer is self.q_proj or layer is self.k_proj
+            gain = 1.0 if shapes_scores else math.sqrt(math.log(2 * self.config.layers))
+            nn.init.xavier_normal_(layer.weight, gain=gain)
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -209,9 +214,9 @@ class LongNet(nn.Module):
         ----------
         tokens : torch.Tensor
             This rank's slice, ``(batch, local_len)``, an integer dtype.
-        plan : SequencePlan or ChunkPlan, optional
+        plan : SequencePlan, ChunkPlan or ContinuedPlan, optional
             Who owns which tokens; by default one process owns them all. A chunk belongs to a longer sequence, of which
-            it has to be the next part: see `stream.SequenceStream`.
+            it has to be the next part: see `stream.SequenceStream`, and `continued` for one whose keys a cache holds.
         dropout_seed : int
             Chooses the dropout masks while training; change it every step.
 

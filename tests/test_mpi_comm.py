@@ -63,15 +63,18 @@ def test_row_gather_adjoint_satisfies_the_inner_product_identity(comm):
     row_gather(comm, check)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 @pytest.mark.parametrize("shape", [(), (1,), (7, 5), (1000, 3), (0,)])
 def test_sum_over_ranks_is_wide_in_rank_order_and_alike_everywhere(comm, dtype, shape):
     mine = normal(*shape, seed=comm.rank).to(dtype)
     expected = torch.zeros(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for rank in range(comm.size):
-        expected = expected + normal(*shape, seed=rank).to(dtype)
+        expected = expected + normal(*shape, seed=rank).to(dtype).to(expected.dtype)
     total = communication.all_reduce_sum(comm, mine)
-    assert_all_close(comm, [(total, expected.to(dtype))], 0.0)
+    assert total.dtype == dtype
+    assert_all_close(comm, [(total.to(expected.dtype), expected.to(dtype).to(expected.dtype))], 0.0)
     assert torch.equal(mine, normal(*shape, seed=comm.rank).to(dtype))
 
 
