@@ -20,9 +20,14 @@ def names(paths):
     return [path.name for path in paths]
 
 
+def docstring_of(program):
+    """Return the docstring as it stands: cleaned, commands would lose their indentation where nothing else follows."""
+    return ast.get_docstring(ast.parse(program.read_text()), clean=False) or ""
+
+
 def first_command(program):
     """Return the first command that a program's docstring shows, which is the one that is run."""
-    about = ast.get_docstring(ast.parse(program.read_text())) or ""
+    about = docstring_of(program)
     found = re.search(rf"^ +((?:mpirun -n \d+ )?python docs/examples/{re.escape(program.name)}.*)", about, re.MULTILINE)
     assert found, f"{program.name} does not say how it is called"
     return re.split(r"\s{2,}#", found[1])[0].split()
@@ -63,7 +68,8 @@ def test_example_explains_its_options_and_shows_no_others(program):
     options = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
     assert options
     assert all(any(keyword.arg == "help" for keyword in call.keywords) for call in options)
-    shown = set(re.findall(r"(?<=\s)--[\w-]+", " ".join(re.findall(r"^ .*", ast.get_docstring(tree), re.MULTILINE))))
+    commands = re.findall(r"^ .*", docstring_of(program), re.MULTILINE)
+    shown = set(re.findall(r"(?<=\s)--[\w-]+", " ".join(commands)))
     assert shown <= {call.args[0].value for call in options}
 
 

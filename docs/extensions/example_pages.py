@@ -16,7 +16,7 @@ def example_page(path: Path) -> str:
     """Return the page of an example, in Markdown. What its docstring indents is shown as commands."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        about = ast.get_docstring(ast.parse(text)) or ""
+        about = ast.get_docstring(ast.parse(text), clean=False) or ""
     else:
         lines = text.splitlines()[1:]
         about = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[: _end_of_comment(lines)])
