@@ -1,5 +1,6 @@
 """The pages build without a warning, lack nothing public, lead nowhere that is not there, and their code runs."""
 
+import ast
 import importlib
 import os
 import re
@@ -57,6 +58,18 @@ def public_names():
     return found
 
 
+def names_that_users_import():
+    """Return the full names that examples, pages and the README import from the library."""
+    programs = [path.read_text() for path in (DOCS / "examples").glob("*.py")]
+    programs += [code for page in [ROOT / "README.md", *PAGES] for code in blocks(page, "python")]
+    found = set()
+    for node in (node for program in programs for node in ast.walk(ast.parse(program))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longnet_hpc"):
+            names = {alias.name for alias in node.names}
+            found |= {f"{'longnet_hpc' if name in longnet_hpc.__all__ else node.module}.{name}" for name in names}
+    return found
+
+
 class Page(HTMLParser):
     """What a page has to offer, and what it refers to."""
 
@@ -107,6 +120,7 @@ def test_every_public_name_is_in_the_reference(site):
         inventory = InventoryFile.load(file, "", lambda *parts: parts[-1])
     explained = {name for kind in inventory for name in inventory[kind]}
     assert public_names() - explained == set()
+    assert names_that_users_import() - explained == set(), "a line in docs/api.rst is missing"
 
 
 def test_links_within_the_pages_lead_somewhere(site, pages):

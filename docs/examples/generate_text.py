@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 
-from longnet_hpc import LongNet, LongNetConfig
-from longnet_hpc.checkpoint import find_checkpoint, load_checkpoint
+from longnet_hpc import LongNet, LongNetConfig, load_model
 from longnet_hpc.generate import generate
-from longnet_hpc.optimizer import load_weights
 
 
 def trained_model(steps):
@@ -38,14 +36,6 @@ def trained_model(steps):
     return model
 
 
-def model_of(checkpoint):
-    """Return the model of a checkpoint file, or of the latest one of a run."""
-    state = load_checkpoint(find_checkpoint(checkpoint))
-    model = LongNet(state.model_config)
-    load_weights(model, state.tensors)
-    return model
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="checkpoint of a model over bytes, or the folder of a run")
@@ -55,7 +45,7 @@ def main():
     parser.add_argument("--steps", type=int, default=40, help="steps of training without a checkpoint (default: 40)")
     options = parser.parse_args()
 
-    model = model_of(options.checkpoint) if options.checkpoint else trained_model(options.steps)
+    model = load_model(options.checkpoint) if options.checkpoint else trained_model(options.steps)
     prompt = torch.tensor([list(options.prompt.encode())])
     made = generate(
         model, prompt, options.new_tokens, samples=options.samples, temperature=0.7, top_p=0.95,
