@@ -20,7 +20,7 @@ else
 extras = $(MPI),test
 endif
 
-.PHONY: setup demo lint test test-one test-parallel test-slurm test-debian
+.PHONY: setup demo docs lint test test-one test-parallel test-slurm test-debian
 
 setup: $(bin)/.ready
 
@@ -33,6 +33,12 @@ $(bin)/.ready: setup.py constraints.txt
 
 demo: setup
 	PATH=$(bin):$$PATH $(bin)/mpirun -n 4 $(bin)/python -m longnet_hpc.run
+
+# Pages and API reference; a warning is an error.
+docs: setup
+	rm -rf docs/generated
+	$(bin)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 lint: setup
 	$(bin)/ruff check .

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+"""Version of the library."""
 
 _HOMES = {
     "DilatedAttention": "longnet_hpc.multihead",

@@ -152,6 +152,7 @@ PRESETS: dict[str, LongNetConfig] = {
     "760m": LongNetConfig(layers=24, embed_dim=1536, heads=16),
     "2.7b": LongNetConfig(layers=32, embed_dim=2560, heads=32),
 }
+"""Model of each preset: a small one, and those of the paper."""
 
 PresetName = Literal["tiny", "125m", "350m", "760m", "2.7b"]
 
