@@ -57,9 +57,9 @@ RETRY_SECONDS = 60.0
 class Corpus:
     """A corpus file, open for reading. Not collective: each rank opens the file for itself.
 
-    Reads are verified, and may come from any thread of this process. Reads that fail with an error that may pass are
-    tried again. Files that are replaced or change their size meanwhile are refused; those that are only touched are
-    verified again, so that no others than the tokens of the beginning are ever returned.
+    Reads of tokens are verified, and may come from any thread of this process. Those that fail with an error that may
+    pass are tried again. Files that are replaced or change their size meanwhile are refused; those that are only
+    touched are verified again, so that no others than the tokens of the beginning are ever returned.
 
     Parameters
     ----------
