@@ -41,6 +41,7 @@ setup(
             *DOCS,  # light, and tests build the pages
             *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "mpmath", "ruff", "mypy", "tokenizers>=0.20"),
             *("transformers>=5.24", "accelerate>=1.10"),
+            "torchao>=0.18",
             "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU
         ],
     },

@@ -21,6 +21,7 @@ _HOMES = {
     "SequencePlan": "longnet_hpc.sequence_plan",
     "dilated_attention": "longnet_hpc.parallel",
     "load_model": "longnet_hpc.load",
+    "scaled_dot_product_attention": "longnet_hpc.functional",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -77,7 +77,7 @@ def mix(
     """
     # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
     with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False), span("compute", "attention"):
-        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
+        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1], plan.packed_pieces)
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
         exchanges = plan.exchanges(heads, kv_heads, causal=causal)
@@ -121,7 +121,7 @@ def mix_backward(
         torch.autocast(q.device.type, enabled=False),
         span("compute", "gradient of attention"),
     ):
-        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1])
+        backend = choose_backend(plan.backend, q.device, q.dtype, q.shape[-1], plan.packed_pieces)
         q, k, v = (_laid_out(x) for x in (q, k, v))
         heads, kv_heads = q.shape[2], k.shape[2]
         output = Output(_laid_out(dout), out, lse)

@@ -20,6 +20,7 @@ from longnet_hpc.dropout import position_dropout
 from longnet_hpc.encoder_config import EncoderConfig
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
 from longnet_hpc.gelu_norm import gelu_norm
+from longnet_hpc.one_process import OneProcessPlan
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
 from longnet_hpc.sequence_plan import LayerPlan, Plan, SequencePlan
@@ -29,7 +30,11 @@ __all__ = ["Block", "LongNet", "check_plan"]
 Recomputed = Literal["nothing", "all but attention", "all"]
 _keeping_attention = partial(
     create_selective_checkpoint_contexts,
-    [torch.ops.longnet_hpc.mixture.default, torch.ops.longnet_hpc.stream_mixture.default],
+    [
+        torch.ops.longnet_hpc.mixture.default,
+        torch.ops.longnet_hpc.stream_mixture.default,
+        torch.ops.longnet_hpc.dilated_attention.default,
+    ],
 )
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -99,14 +104,9 @@ class Block(nn.Module):
         return out
 
     def _compute(self, x: torch.Tensor, plan: LayerPlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
-        normed, heads = self._before(x, self.attention_norm), (-1, self.config.head_dim)
-        # One product for what is rotated, into new memory; the values are attended to as they come.
-        weight = torch.cat((self.q_proj.weight, self.k_proj.weight))
-        bias = torch.cat((self.q_proj.bias, self.k_proj.bias))
-        both = F.linear(normed, weight, bias).unflatten(-1, heads)
-        # Split, since the gradients of slices would be padded with zeros and added.
-        q, k = rotation.apply(*both.split((self.config.heads, both.shape[2] - self.config.heads), dim=2))
-        v = self.v_proj(normed).unflatten(-1, heads)
+        normed = self._before(x, self.attention_norm)
+        q, k = rotation.apply(*self._queries_and_keys(normed))
+        v = self.v_proj(normed).unflatten(-1, (-1, self.config.head_dim))
         mixed = plan.attention(q, k, v, causal=self.config.causal).flatten(2)
         change = self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
         x = self._add(x, change, self.attention_norm)
@@ -134,11 +134,28 @@ class Block(nn.Module):
         normed: torch.Tensor = norm(F.gelu(h) if self.config.activation == "gelu" else F.relu(h))
         return normed
 
+    def _queries_and_keys(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = (-1, self.config.head_dim)
+        if not (_is_plain(self.q_proj) and _is_plain(self.k_proj)):
+            return self.q_proj(normed).unflatten(-1, heads), self.k_proj(normed).unflatten(-1, heads)
+        # One product for what is rotated, into new memory; the values are attended to as they come.
+        weight = torch.cat((self.q_proj.weight, self.k_proj.weight))
+        bias = torch.cat((self.q_proj.bias, self.k_proj.bias))
+        both = F.linear(normed, weight, bias).unflatten(-1, heads)
+        # Split, since the gradients of slices would be padded with zeros and added.
+        q, k = both.split((self.config.heads, both.shape[2] - self.config.heads), dim=2)
+        return q, k
+
     def _drop(self, x: torch.Tensor, plan: LayerPlan, seed: int, place: int) -> torch.Tensor:
         if not self.training or self.config.dropout == 0.0:
             return x  # before anything that differs between blocks is looked at: one graph serves them all
         site = 2 * self.index + place + 1
         return position_dropout(x, self.config.dropout, seed=seed, site=site, start=plan.start)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a projection is torch's own, its weights neither quantised nor anything else of another kind."""
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor)
 
 
 class _OutputNorm(nn.LayerNorm):
@@ -261,6 +278,8 @@ class LongNet(nn.Module):
         error: LongNetError | None = None
         try:
             _check_tokens(tokens, self.config.vocab_size)
+            if plan is None and torch.compiler.is_compiling():
+                plan = OneProcessPlan(self.config.pattern, tokens.shape[1])
             if plan is None:
                 plan = SequencePlan.build(self.config.pattern, tokens.shape[1], device=tokens.device)
             check_plan(plan, self.config.pattern, tokens.shape[1])
@@ -375,7 +394,9 @@ def _in_words(pattern: Pattern) -> str:
 
 
 def _must_fit(dtype: torch.dtype, vocab_size: int) -> bool:
-    """Return whether no number of a dtype is outside a vocabulary, so that nothing has to be waited for to see that."""
+    """Return whether nothing has to be waited for to see that no number of a dtype is outside a vocabulary."""
+    if torch.compiler.is_compiling():
+        return True  # a graph cannot look at numbers and raise; the embedding refuses what it does not have
     limits = torch.iinfo(dtype)
     return limits.min >= 0 and limits.max < vocab_size
 

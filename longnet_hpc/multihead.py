@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
+from longnet_hpc.packed import Integers
+from longnet_hpc.padding import attend_without, check_padding
 from longnet_hpc.parallel import agreed_attention
 from longnet_hpc.pattern import Pattern
 
@@ -122,8 +124,10 @@ class DilatedAttention(nn.MultiheadAttention):
         query, key, value : torch.Tensor
             ``(batch, seq, embed_dim)`` (key ``kdim``, value ``vdim`` wide), ``(seq, batch, embed_dim)`` without
             ``batch_first``, or ``(seq, embed_dim)``; all of the same length.
-        key_padding_mask : None
-            Not supported.
+        key_padding_mask : torch.Tensor, optional
+            ``(batch, seq)``, or ``(seq,)``, True or minus infinity for tokens that are left out: each sequence is then
+            attended to as if it had been cut without them, and what stands after them moves up. With a communicator it
+            is that of the slice, given on all ranks or on none, and sequences are computed one by one.
         need_weights : bool
             Must be False (the default here): the weights never exist.
         attn_mask : torch.Tensor, optional
@@ -137,7 +141,7 @@ class DilatedAttention(nn.MultiheadAttention):
         Returns
         -------
         out : torch.Tensor
-            Shaped as ``query``.
+            Shaped as ``query``. A token that is left out gets what a query on no grid gets: the bias of ``out_proj``.
         None
             In the place of the weights.
 
@@ -149,20 +153,34 @@ class DilatedAttention(nn.MultiheadAttention):
             If the shapes do not fit together.
         """
         error: LongNetError | None = None
-        q, k, v, causal = query, key, value, False
+        q, k, v, causal, padding, facts = query, key, value, False, None, {}
         try:
-            causal = self._check(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+            causal = self._check(query, key, value, need_weights, attn_mask, is_causal)
             q, k, v = self._project(query, key, value)
+            if key_padding_mask is not None:
+                padding = check_padding(key_padding_mask, *q.shape[:2])
+            facts = {"key_padding_mask": "none" if padding is None else "given", "sequences": q.shape[0]}
         except LongNetError as caught:
             error = caught
-        mixed, _ = agreed_attention(
-            *(q, k, v, self.pattern),
-            causal=causal,
-            softmax_scale=self.softmax_scale,
-            comm=self.comm,
-            backend=self.backend,
-            error=error,
-        )
+
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Integers | None = None
+        ) -> torch.Tensor:
+            return agreed_attention(
+                *(q, k, v, self.pattern),
+                causal=causal,
+                softmax_scale=self.softmax_scale,
+                comm=self.comm,
+                cu_seqlens=cu_seqlens,
+                backend=self.backend,
+                error=error,
+                facts=facts,
+            )[0]
+
+        if error is None and padding is not None and len(padding):
+            mixed = attend_without(attend, q, k, v, padding, self.comm)
+        else:
+            mixed = attend(q, k, v)
         out: torch.Tensor = self.out_proj(mixed.flatten(2))
         if query.dim() == 2:
             return out.squeeze(0), None
@@ -194,7 +212,6 @@ class DilatedAttention(nn.MultiheadAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        key_padding_mask: torch.Tensor | None,
         need_weights: bool,
         attn_mask: torch.Tensor | None,
         is_causal: bool,
@@ -215,8 +232,6 @@ class DilatedAttention(nn.MultiheadAttention):
                 raise ShapeError(f"{name} must be {width} wide, got {x.shape[-1]}")
             if x.dtype != self.out_proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise ShapeError(f"{name} must be {self.out_proj.weight.dtype} as the weights are, got {x.dtype}")
-        if key_padding_mask is not None:
-            raise ConfigError("key_padding_mask is not supported by dilated attention; cut sequences to one length")
         if need_weights:
             raise ConfigError("need_weights=True is not supported: the weights of dilated attention never exist")
         if self.training and self.dropout > 0.0:

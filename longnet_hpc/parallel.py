@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.errors import LongNetError
+from longnet_hpc.one_process import OneProcessPlan
+from longnet_hpc.packed import Integers, documents_of
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.sequence_plan import SequencePlan, check_shapes, scale_of
 
@@ -28,6 +30,7 @@ def dilated_attention(
     causal: bool = False,
     softmax_scale: float | None = None,
     comm: MPI.Comm | None = None,
+    cu_seqlens: Integers | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +56,11 @@ def dilated_attention(
         Factor on the scores, above 0; ``head_dim ** -0.5`` by default.
     comm : mpi4py.MPI.Comm, optional
         Ranks that share the sequence. Collective over them, forward and backward.
+    cu_seqlens : sequence of int or torch.Tensor, optional
+        Boundaries of documents that are packed into the sequence of all ranks: 0, where each next one begins, and the
+        number of tokens. Each is attended to as if it were alone: segments and grids begin anew with it. They are the
+        same in every sequence of the batch. A list is best, since a tensor on a GPU is waited for. Neighbours of equal
+        length are computed together.
     backend : str
         ``auto`` or a name in `longnet_hpc.attention.BACKENDS`.
     return_lse : bool
@@ -70,6 +78,8 @@ def dilated_attention(
     ------
     PatternError
         If w or r is below 1 or the lists differ in length.
+    PartitionError
+        If ``cu_seqlens`` does not go from 0 to the number of tokens, or falls.
     ShapeError
         If shapes, dtypes or devices do not fit together, on this rank or between ranks, or the ranks disagree about
         anything else that must be alike (whether a gradient is wanted, too). All ranks raise it.
@@ -78,8 +88,8 @@ def dilated_attention(
 
     Notes
     -----
-    `torch.compile` takes attention into a graph as one operator, but not the agreement with other ranks, nor the making
-    of a plan: there, and wherever the ranks are known to agree, make a `SequencePlan` once and call its `attention`.
+    `torch.compile` and `torch.export` take attention into a graph as one operator, but not the agreement with other
+    ranks: there, and wherever the ranks are known to agree, make a `SequencePlan` once and call its `attention`.
     """
     error: LongNetError | None = None
     pattern: Pattern | None = None
@@ -88,7 +98,13 @@ def dilated_attention(
     except LongNetError as caught:
         error = caught
     out, lse = agreed_attention(
-        q, k, v, pattern, causal=causal, softmax_scale=softmax_scale, comm=comm, backend=backend, error=error
+        *(q, k, v, pattern),
+        causal=causal,
+        softmax_scale=softmax_scale,
+        comm=comm,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        error=error,
     )
     return (out, lse) if return_lse else out
 
@@ -104,31 +120,35 @@ def agreed_attention(
     comm: MPI.Comm | None,
     backend: str,
     error: LongNetError | None,
+    cu_seqlens: Integers | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as `dilated_attention`, for a caller that may have found an error on this rank alone.
 
     Parameters
     ----------
-    q, k, v, causal, softmax_scale, comm, backend
+    q, k, v, causal, softmax_scale, comm, backend, cu_seqlens
         As for `dilated_attention`; beside an ``error`` they are not looked at.
     pattern : Pattern or None
         The branches; None only beside an ``error``.
     error : LongNetError or None
         What the caller found; all ranks then raise it. Collective.
+    facts : mapping, optional
+        Whatever else must be equal on all ranks, by name.
 
     Returns
     -------
     out, lse : torch.Tensor
         As for `dilated_attention`.
     """
-    facts: dict[str, object] = {}
+    facts = dict(facts or {})
     local_len, device = 0, torch.device("cpu")
     if error is None:
         try:
             check_shapes(q, k, v)
             choose_backend(backend, q.device, q.dtype, q.shape[-1])
             local_len, device = q.shape[1], q.device
-            facts = {
+            facts |= {
                 "batch": q.shape[0],
                 "heads": q.shape[2],
                 "kv_heads": k.shape[2],
@@ -140,5 +160,19 @@ def agreed_attention(
             }
         except LongNetError as caught:
             error = caught
-    plan = SequencePlan.build(pattern, local_len, comm=comm, backend=backend, device=device, error=error, facts=facts)
+    if comm is None and torch.compiler.is_compiling():
+        if error is not None:
+            raise error
+        assert pattern is not None
+        plan_of_graph = OneProcessPlan(pattern, local_len, documents_of(cu_seqlens), backend)
+        return plan_of_graph.attend(q, k, v, causal=causal, softmax_scale=softmax_scale)
+    plan = SequencePlan.build(
+        *(pattern, local_len),
+        cu_seqlens=cu_seqlens,
+        comm=comm,
+        backend=backend,
+        device=device,
+        error=error,
+        facts=facts,
+    )
     return plan.attend(q, k, v, causal=causal, softmax_scale=softmax_scale)

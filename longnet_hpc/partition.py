@@ -1,15 +1,15 @@
 """Which rank owns which tokens, and what the ranks of a spanning segment owe each other, in integers.
 
 Rank r of ``size`` owns the contiguous slice ``[bounds[r], bounds[r + 1])``. For a branch, a segment is *local* if one
-slice holds it, else *spanning*. Nothing here needs a process: ``(rank, size)`` are plain numbers, so every rank can be
-examined in one test.
+slice holds it, else *spanning*. Documents that are packed into one sequence each have segments of their own. Nothing
+here needs a process: ``(rank, size)`` are plain numbers, so every rank can be examined in one test.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 
 from longnet_hpc.errors import PartitionError
@@ -86,31 +86,49 @@ class Partition:
         ``size + 1`` positions in tokens, none below 0 and never falling; rank r owns
         ``[bounds[r], bounds[r + 1])``, which may be empty. Where the first is above 0, this is a chunk of a sequence,
         and what lies before it is not its business.
+    documents : tuple of int
+        Where packed documents begin, and where the last ends: from 0 to the end of the sequence, never falling. Each
+        has segments of its own, from its first token on. Kept without the empty ones, and empty for a single document.
 
     Raises
     ------
     PartitionError
-        If the bounds start below 0 or fall.
+        If the bounds start below 0 or fall, or documents fall or are not all of the sequence.
     """
 
     bounds: tuple[int, ...]
+    documents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.bounds) < 2 or self.bounds[0] < 0 or any(a > b for a, b in pairwise(self.bounds)):
             raise PartitionError(f"bounds must be at least 0 and never fall, got {self.bounds}")
+        if not self.documents:
+            return
+        first, last = self.documents[0], self.documents[-1]
+        if self.start:
+            raise PartitionError(f"a chunk of a sequence cannot be of packed documents, got one from {self.start} on")
+        if first or last != self.stop:
+            raise PartitionError(
+                f"documents must lie from 0 to {self.stop}, the tokens of the sequence, got {first} to {last}"
+            )
+        fall = next((pair for pair in pairwise(self.documents) if pair[0] > pair[1]), None)
+        if fall is not None:
+            raise PartitionError(f"documents must begin one after another, got {fall[1]} after {fall[0]}")
+        distinct = tuple(dict.fromkeys(self.documents))
+        object.__setattr__(self, "documents", distinct if len(distinct) > 2 else ())
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], start: int = 0) -> Partition:
+    def from_lengths(cls, lengths: Sequence[int], start: int = 0, documents: Sequence[int] = ()) -> Partition:
         """Lay slices of the given lengths (tokens) end to end, the first at position ``start``.
 
         Raises
         ------
         PartitionError
-            If a length is negative or not an integer.
+            If a length is negative or not an integer, or the documents do not fit.
         """
         if any(not isinstance(length, int) or length < 0 for length in lengths):
             raise PartitionError(f"slice lengths must be integers of at least 0 tokens, got {tuple(lengths)}")
-        return cls(tuple(accumulate(lengths, initial=start)))
+        return cls(tuple(accumulate(lengths, initial=start)), tuple(documents))
 
     @classmethod
     def even(cls, seq_len: int, size: int) -> Partition:
@@ -147,47 +165,72 @@ class Partition:
         return range(self.bounds[rank], self.bounds[rank + 1])
 
     def runs(self, branch: Branch, rank: int) -> tuple[Run, ...]:
-        """Return every piece of a segment in the slice of ``rank``: its left edge, whole segments, its right edge."""
-        start, stop = self.bounds[rank], self.bounds[rank + 1]
-        w = branch.segment_length
-        runs = []
-        position = start
-        if position < stop and position % w:
-            edge = min(stop, position - position % w + w)
-            runs.append(Run(0, edge - position, 1, position % w))
-            position = edge
-        if whole := (stop - position) // w:
-            runs.append(Run(position - start, w, whole, 0))
-            position += whole * w
-        if position < stop:
-            runs.append(Run(position - start, stop - position, 1, 0))
+        """Return every piece of a segment in the slice of ``rank``, in order, equal neighbours that are whole as one.
+
+        Of each document: the left edge of the slice, whole segments, and the right edge or a shorter last segment.
+        """
+        runs: list[Run] = []
+        grows = False  # whether the last run may be joined by equal neighbours: an edge of the slice stands alone
+        for run, whole in self._pieces(branch.segment_length, self.slice_of(rank)):
+            last = runs[-1] if runs else None
+            if grows and whole and last is not None and last.length == run.length:
+                runs[-1] = replace(last, count=last.count + run.count)
+            else:
+                runs.append(run)
+            grows = whole
         return tuple(runs)
+
+    def _pieces(self, segment_length: int, slice_: range) -> Iterator[tuple[Run, bool]]:
+        """Yield the pieces of a slice document by document, and whether they are whole segments."""
+        position = slice_.start
+        while position < slice_.stop:
+            segment = self._segment(position, segment_length)
+            document_stop = min(self._document(position).stop, slice_.stop)
+            phase = position - segment.start
+            if phase == 0 and (count := (document_stop - position) // segment_length):
+                yield Run(position - slice_.start, segment_length, count, 0), True
+                position += count * segment_length
+            else:
+                stop = min(segment.stop, slice_.stop)
+                yield Run(position - slice_.start, stop - position, 1, phase), phase == 0 and stop == segment.stop
+                position = stop
 
     def spans(self, branch: Branch, rank: int) -> tuple[Span, ...]:
         """Return the spanning segments that touch the slice of ``rank``, at most two, in sequence order."""
         start, stop = self.bounds[rank], self.bounds[rank + 1]
-        if start == stop:
-            return ()
-        w = branch.segment_length
-        return self._spans_among(w, {start // w, (stop - 1) // w})
+        return self._spans_at(branch, (start, stop - 1) if start < stop else ())
 
     def all_spans(self, branch: Branch) -> tuple[Span, ...]:
         """Return every spanning segment, in sequence order: those with a bound between ranks inside them."""
-        w = branch.segment_length
-        return self._spans_among(w, {bound // w for bound in self.bounds[1:-1] if bound % w})
+        return self._spans_at(branch, (bound for bound in self.bounds[1:-1] if self.start < bound < self.stop))
 
-    def _spans_among(self, segment_length: int, segments: set[int]) -> tuple[Span, ...]:
-        spans = (self._span(segment * segment_length, segment_length) for segment in sorted(segments))
+    def _spans_at(self, branch: Branch, positions: Iterable[int]) -> tuple[Span, ...]:
+        """Return the spanning segments among those in which some positions lie."""
+        segments = {self._segment(position, branch.segment_length) for position in positions}
+        spans = (self._span(segment) for segment in sorted(segments, key=lambda segment: segment.start))
         return tuple(span for span in spans if len(span.ranks) > 1)
 
-    def _span(self, start: int, segment_length: int) -> Span:
-        stop = min(start + segment_length, self.stop)
+    def _document(self, position: int) -> range:
+        """Return the positions of the document in which one lies: of the whole sequence where none are packed."""
+        if not self.documents:
+            return range(self.stop)
+        following = bisect_right(self.documents, position)
+        return range(self.documents[following - 1], self.documents[following])
+
+    def _segment(self, position: int, segment_length: int) -> range:
+        """Return the positions of the segment in which one lies."""
+        document = self._document(position)
+        start = position - (position - document.start) % segment_length
+        return range(start, min(start + segment_length, document.stop))
+
+    def _span(self, segment: range) -> Span:
         ranks, pieces = [], []
-        for rank in range(max(0, bisect_right(self.bounds, start) - 1), bisect_left(self.bounds, stop)):
-            low, high = max(start, self.bounds[rank]), min(stop, self.bounds[rank + 1])
+        first = max(0, bisect_right(self.bounds, segment.start) - 1)
+        for rank in range(first, bisect_left(self.bounds, segment.stop)):
+            low, high = max(segment.start, self.bounds[rank]), min(segment.stop, self.bounds[rank + 1])
             if low < high:
                 ranks.append(rank)
-                pieces.append(Run(low - self.bounds[rank], high - low, 1, low - start))
+                pieces.append(Run(low - self.bounds[rank], high - low, 1, low - segment.start))
         return Span(tuple(ranks), tuple(pieces))
 
 

@@ -207,9 +207,14 @@ def _angles(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor
     return units * (2 * math.pi / 2**64)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile does not look inside
 def _frequencies(head_dim: int, base: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return whole parts and rests of ``base ** (-2 i / head_dim)`` in units of 2**-64 turns."""
+    return _computed_frequencies(head_dim, base)
+
+
+@lru_cache
+def _computed_frequencies(head_dim: int, base: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
     with localcontext(prec=50):
         units = [Decimal(base) ** (Decimal(-2 * i) / head_dim) / _TWO_PI * 2**64 for i in range(head_dim // 2)]
         return tuple(int(unit) for unit in units), tuple(float(unit % 1) for unit in units)

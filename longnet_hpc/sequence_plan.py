@@ -11,12 +11,14 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import xxhash
 
 from longnet_hpc.comm import agree_on, allgather_objects, groups_of, rank_and_size
 from longnet_hpc.comm.transport import decide_transport, is_decided
 from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.exchange import SpanExchange
 from longnet_hpc.mixture import handle_of, mixture
+from longnet_hpc.packed import Integers, documents_of
 from longnet_hpc.partition import Partition, Run, SpanLayout, rank_groups
 from longnet_hpc.pattern import Branch, Pattern
 
@@ -43,10 +45,13 @@ class LayerPlan(Protocol):
 class Plan(Protocol):
     """What a model knows of the sequence that it computes on: a `SequencePlan`, or what takes its place."""
 
-    pattern: Pattern
-    """The branches."""
-    start: int
-    """Global position of this rank's first token."""
+    @property
+    def pattern(self) -> Pattern:
+        """The branches."""
+
+    @property
+    def start(self) -> int:
+        """Global position of this rank's first token."""
 
     @property
     def local_len(self) -> int:
@@ -120,6 +125,7 @@ class SequencePlan:
         local_len: int,
         *,
         start: int = 0,
+        cu_seqlens: Integers | None = None,
         comm: MPI.Comm | None = None,
         backend: str = "auto",
         device: torch.device | str = "cpu",
@@ -136,6 +142,8 @@ class SequencePlan:
             Tokens of this rank's slice.
         start : int
             Position of the first token of all ranks: above 0 for a chunk, see `stream.SequenceStream`.
+        cu_seqlens : sequence of int or torch.Tensor, optional
+            Where packed documents begin in the sequence of all ranks, and its length; see `dilated_attention`.
         comm : mpi4py.MPI.Comm, optional
             Ranks that share the sequence.
         backend : str
@@ -155,13 +163,22 @@ class SequencePlan:
         Raises
         ------
         ShapeError
-            If the ranks disagree.
+            If the ranks disagree, or ``cu_seqlens`` are no integers.
+        PartitionError
+            If documents fall or are not all of the sequence.
         """
         device_type = torch.device(device).type
+        documents: tuple[int, ...] = ()
+        try:
+            documents = documents_of(cu_seqlens)
+        except LongNetError as caught:
+            error = error or caught
         alike = {"pattern": pattern, "start": start, "backend": backend, "device": device_type, **(facts or {})}
+        if comm is not None:
+            alike |= {"documents": len(documents), "digest of cu_seqlens": _digest(documents)}
         answers = agree_on(comm, alike, (local_len, is_decided()), error)
         assert pattern is not None
-        partition = Partition.from_lengths([length for length, _ in answers], start)
+        partition = Partition.from_lengths([length for length, _ in answers], start, documents)
         if device_type == "cuda" and comm is not None and not all(decided for _, decided in answers):
             decide_transport(comm)
         key = (pattern, partition, backend)
@@ -212,6 +229,11 @@ class SequencePlan:
             for index, branch in enumerate(self.pattern)
             for run in self.partition.runs(branch, self.rank)
         )
+
+    @property
+    def packed_pieces(self) -> int:
+        """Number of pieces in this rank's slice where documents are packed, else 0."""
+        return len(self.pieces) if self.partition.documents else 0
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
@@ -290,6 +312,11 @@ class SequencePlan:
             for branch in self.pattern
             for span in self.partition.spans(branch, self.rank)
         )
+
+
+def _digest(documents: tuple[int, ...]) -> str:
+    """Return a short text for what may be many numbers: a line of an error shows it."""
+    return xxhash.xxh3_64_hexdigest(repr(documents).encode())
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -13,12 +13,27 @@ from longnet_hpc.partition import Partition, Run, SpanLayout, communicator_round
 from longnet_hpc.pattern import Branch, Pattern
 
 branches = st.builds(Branch, st.integers(1, 60), st.integers(1, 15))
-partitions = st.lists(st.integers(0, 40), min_size=1, max_size=6).map(Partition.from_lengths)
+
+
+@st.composite
+def partitions(draw):
+    """Slices of one sequence, or of a sequence of packed documents."""
+    lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
+    inner = draw(st.none() | st.lists(st.integers(0, sum(lengths)), max_size=6))
+    return Partition.from_lengths(lengths, documents=() if inner is None else (0, *sorted(inner), sum(lengths)))
+
+
+def in_document(partition, position):
+    """Return the first position of the document of a token, and how far into it the token is."""
+    first = max(start for start in (0, *partition.documents) if start <= position)
+    return first, position - first
+
+
 many = settings(max_examples=200, deadline=None, derandomize=True)
 
 
 @many
-@given(branch=branches, partition=partitions)
+@given(branch=branches, partition=partitions())
 def test_runs_cover_each_position_once_with_its_segment_phase(branch, partition):
     for rank in range(partition.size):
         seen = []
@@ -26,19 +41,21 @@ def test_runs_cover_each_position_once_with_its_segment_phase(branch, partition)
             for piece in range(run.count):
                 for i in range(run.length):
                     position = partition.bounds[rank] + run.start + piece * run.length + i
-                    assert position % branch.segment_length == run.phase + i
+                    assert in_document(partition, position)[1] % branch.segment_length == run.phase + i
                     seen.append(position)
         assert seen == list(partition.slice_of(rank))
 
 
 @many
-@given(branch=branches, partition=partitions, heads=st.integers(1, 8))
+@given(branch=branches, partition=partitions(), heads=st.integers(1, 8))
 def test_rows_of_runs_are_the_positions_on_the_grid(branch, partition, heads):
     for rank in range(partition.size):
         for h in range(heads):
             offset = h % branch.dilation_rate
             expected = [
-                p for p in partition.slice_of(rank) if (p % branch.segment_length) % branch.dilation_rate == offset
+                p
+                for p in partition.slice_of(rank)
+                if (in_document(partition, p)[1] % branch.segment_length) % branch.dilation_rate == offset
             ]
             found = [
                 partition.bounds[rank]
@@ -56,12 +73,13 @@ def test_rows_of_runs_are_the_positions_on_the_grid(branch, partition, heads):
 
 
 @many
-@given(branch=branches, partition=partitions)
+@given(branch=branches, partition=partitions())
 def test_spans_are_the_segments_that_several_ranks_share_and_at_most_two(branch, partition):
     owner = [rank for rank in range(partition.size) for _ in partition.slice_of(rank)]
     touched = {}
     for position, rank in enumerate(owner):
-        touched.setdefault(position // branch.segment_length, set()).add(rank)
+        document, place = in_document(partition, position)
+        touched.setdefault((document, place // branch.segment_length), set()).add(rank)
     for rank in range(partition.size):
         expected = [tuple(sorted(ranks)) for ranks in touched.values() if rank in ranks and len(ranks) > 1]
         spans = partition.spans(branch, rank)
@@ -72,7 +90,9 @@ def test_spans_are_the_segments_that_several_ranks_share_and_at_most_two(branch,
 
 
 @many
-@given(branch=branches, partition=partitions, kv_heads=st.integers(1, 3), group=st.integers(1, 3), causal=st.booleans())
+@given(
+    branch=branches, partition=partitions(), kv_heads=st.integers(1, 3), group=st.integers(1, 3), causal=st.booleans()
+)
 def test_what_one_rank_sends_is_what_the_other_expects(branch, partition, kv_heads, group, causal):
     layouts = {}
     for rank in range(partition.size):
@@ -96,7 +116,7 @@ def test_each_group_is_made_in_one_round_of_disjoint_groups(groups):
 
 
 @many
-@given(branch=branches, partition=partitions)
+@given(branch=branches, partition=partitions())
 def test_all_spans_are_those_of_every_rank(branch, partition):
     expected = {span for rank in range(partition.size) for span in partition.spans(branch, rank)}
     assert set(partition.all_spans(branch)) == expected
@@ -290,6 +310,23 @@ def test_pattern_of_anything_but_branches_raises():
 def test_slices_of_impossible_lengths_raise(lengths):
     with pytest.raises(PartitionError, match="integers of at least 0 tokens"):
         Partition.from_lengths(lengths)
+
+
+@pytest.mark.parametrize(
+    ("documents", "words"),
+    [
+        ((0, 3, 8), "must lie from 0 to 9, the tokens of the sequence, got 0 to 8"),
+        ((0, 5, 3, 9), "must begin one after another, got 3 after 5"),
+    ],
+)
+def test_documents_that_do_not_fit_raise(documents, words):
+    with pytest.raises(PartitionError, match=words):
+        Partition((0, 4, 9), documents)
+
+
+def test_partitions_of_the_same_documents_are_equal():
+    assert Partition((0, 9), (0, 0, 4, 4, 9)) == Partition((0, 9), (0, 4, 9))
+    assert Partition((0, 9), (0, 9, 9)) == Partition((0, 9))
 
 
 def test_geometry_needs_neither_torch_nor_mpi():

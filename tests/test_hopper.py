@@ -1,6 +1,7 @@
 """Kernels for Hopper, acted out on the CPU (emulator/hopper.h): what test_cuda.py says of the GPU, at smaller sizes."""
 
 import importlib.machinery
+import itertools
 import math
 import struct
 import sys
@@ -207,3 +208,15 @@ def test_attention_compiles_into_one_graph_where_the_gpu_is_asked_for_kernels(mo
     expected = attend(x)
     torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="eager")(x), expected)
     hopper._can_launch.cache_clear()
+
+
+def test_packed_documents_equal_the_oracle_of_each_alone():
+    pattern, cu_seqlens = ((64, 256), (1, 3)), [0, 70, 71, 199, 230]
+    tensors = Case(1, cu_seqlens[-1], 2, 2, 64, *pattern, True, seed=5).tensors(torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    out = dilated_attention(*leaves, *pattern, causal=True, cu_seqlens=cu_seqlens, backend="hopper")
+    actual = (out.detach(), *torch.autograd.grad(out, leaves, tensors[3]))
+    for start, stop in itertools.pairwise(cu_seqlens):
+        expected = oracle.attention_with_gradients(*(x[:, start:stop] for x in tensors), *pattern, True)
+        for ours, right in zip(actual, (expected[0], *expected[2:]), strict=True):
+            torch.testing.assert_close(ours[:, start:stop].double(), right, atol=6e-2, rtol=6e-2)

@@ -71,6 +71,65 @@ def test_dilated_branches_equal_the_oracle():
     torch.testing.assert_close(module(x, x, x, is_causal=True)[0], module.out_proj(expected.flatten(2)))
 
 
+def padding_of(kind, batch=3, seq=45):
+    """Return a mask, True for padding; the tokens of the first sequence all count, those of the last never."""
+    position = torch.arange(seq).expand(batch, seq)
+    if kind == "anywhere":
+        padding = torch.rand(batch, seq, generator=torch.Generator().manual_seed(5)) < 0.3
+    else:
+        padding = position >= 30 if kind == "right" else position < 15
+    return padding & torch.tensor([False, *[True] * (batch - 1)])[:, None] | (torch.arange(batch) == batch - 1)[:, None]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["right", "left", "anywhere"])
+def test_padded_sequences_are_shorter_sequences_with_gradients(kind, causal):
+    module = DilatedAttention(24, 4, dtype=torch.float64, **DILATED)
+    nn.init.normal_(module.in_proj_bias)
+    x, padding, upstream = normal(3, 45, 24).requires_grad_(), padding_of(kind), normal(3, 45, 24, seed=9)
+    actual, _ = module(x, x, x, key_padding_mask=padding, is_causal=causal)
+    assert torch.equal(actual[padding], module.out_proj.bias.expand(int(padding.sum()), -1))
+    pairs = zip(x, padding, strict=True)
+    expected = module.out_proj(torch.zeros_like(x)).masked_scatter(
+        ~padding[..., None],
+        torch.cat([module(*[part[None, ~its]] * 3, is_causal=causal)[0][0] for part, its in pairs]),
+    )
+    torch.testing.assert_close(actual, expected)
+    leaves = [x, *module.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad(out, leaves, upstream) for out in (actual, expected)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("as_number", [False, True])
+def test_undilated_padded_sequences_equal_torch_with_gradients(causal, batch_first, as_number):
+    theirs, ours = pair(batch_first=batch_first)
+    x, padding = normal(2, 19, 24), padding_of("right", 3, 19)[:2]
+    padding[1, 12:] = True
+    mask = nn.Transformer.generate_square_subsequent_mask(19, dtype=torch.float64) if causal else None
+    if mask is not None and not as_number:
+        mask = mask == -torch.inf  # torch wants both of one kind
+    given = torch.zeros(2, 19, dtype=torch.float64).masked_fill(padding, -torch.inf) if as_number else padding
+    results = []
+    for module, how in ((theirs, {"attn_mask": mask, "need_weights": False}), (ours, {"is_causal": causal})):
+        leaf = (x if batch_first else x.transpose(0, 1)).clone().requires_grad_()
+        out, _ = module(leaf, leaf, leaf, key_padding_mask=given, **how)
+        tokens = (out if batch_first else out.transpose(0, 1))[~padding]
+        results.append((tokens.detach(), *torch.autograd.grad(tokens.square().sum(), [leaf, *module.parameters()])))
+    torch.testing.assert_close(*results)
+
+
+def test_encoder_stack_takes_padding():
+    layer, _ = encoder_layer()
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, padding = normal(2, 40, 24), torch.zeros(2, 40, dtype=torch.bool)
+    padding[1, 30:] = True
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encoder(x, src_key_padding_mask=padding)[1, :30], encoder(x[1:, :30])[0], rtol=0, atol=1e-12
+        )
+
+
 def encoder_layer():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True, dtype=torch.float64)
@@ -171,7 +230,9 @@ def test_bad_constructor_argument_is_one_clear_error(arguments, error, words):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"key_padding_mask": torch.zeros(1, 9, dtype=torch.bool)}, ConfigError, "key_padding_mask"),
+        ({"key_padding_mask": torch.zeros(9, 1, dtype=torch.bool)}, ShapeError, "(batch, seq) = (1, 9), got (9, 1)"),
+        ({"key_padding_mask": torch.ones(1, 9)}, ConfigError, "key_padding_mask must be boolean, or 0"),
+        ({"key_padding_mask": torch.zeros(1, 9, dtype=torch.int64)}, ConfigError, "key_padding_mask must be boolean"),
         ({"need_weights": True}, ConfigError, "need_weights"),
         ({"key": torch.zeros(1, 8, 24), "value": torch.zeros(1, 8, 24)}, ShapeError, "equal length"),
         ({"value": torch.zeros(1, 9, 23)}, ShapeError, "value must be 24 wide, got 23"),
@@ -218,3 +279,31 @@ def test_input_that_is_no_tensor_on_one_rank_is_an_error_on_all_ranks(comm):
     module, x = DilatedAttention(24, 4, comm=comm, **DILATED), torch.zeros(1, 8, 24)
     with pytest.raises(ShapeError, match="must be tensors, got NoneType"):
         module(None if comm.rank == 1 else x, x, x)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("kind", ["right", "anywhere"])
+def test_padded_sequences_on_ranks_together_equal_one_process(comm, kind):
+    alone = DilatedAttention(24, 4, dtype=torch.float64, **DILATED)
+    module = DilatedAttention(24, 4, dtype=torch.float64, comm=comm, **DILATED)
+    alone.load_state_dict(comm.bcast(alone.state_dict()))
+    module.load_state_dict(alone.state_dict())
+    whole, padding, lengths = normal(3, 45, 24).requires_grad_(), padding_of(kind), cut(45, comm.size, 2)
+    part = own_slice(whole.detach(), lengths, comm.rank).requires_grad_()
+    outs = [
+        m(x, x, x, key_padding_mask=its, is_causal=True)[0]
+        for m, x, its in ((alone, whole, padding), (module, part, own_slice(padding, lengths, comm.rank)))
+    ]
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out, x in zip(outs, (whole, part), strict=True)]
+    assert_all_close(
+        comm,
+        [(own, own_slice(full.detach(), lengths, comm.rank)) for full, own in (outs, grads)],
+        1e-10,
+    )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_padding_on_one_rank_alone_is_an_error_on_all(comm):
+    module, x = DilatedAttention(24, 4, comm=comm, **DILATED), torch.zeros(2, 8, 24)
+    with pytest.raises(ShapeError, match="key_padding_mask given is not none"):
+        module(x, x, x, key_padding_mask=torch.zeros(2, 8, dtype=torch.bool) if comm.rank else None)

@@ -1,5 +1,7 @@
 """Sums over branches by Triton kernels; without a GPU, in Triton's interpreter (conftest.py)."""
 
+import itertools
+
 import oracle
 import pytest
 import torch
@@ -63,3 +65,20 @@ def test_parts_of_some_sequences_alone_are_theirs():
 
 def test_segments_and_steps_longer_than_kernels_can_count():
     check(Case(1, 20, 3, 3, 4, (2**33, 2**32), (2**32, 3), True, seed=3), torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize("documents", [2, 9, 40])  # 4 and 18 parts of a head in one pass; 80 pieces are too many
+def test_packed_documents_equal_the_oracle_of_each_alone(documents, monkeypatch):
+    made = []
+    monkeypatch.setattr(branch, "softmax_sum", lambda q: made.append(SoftmaxParts(q)) or made[-1])
+    lengths = [1 + (7 * number) % 5 for number in range(documents)]
+    cu_seqlens, pattern = [0, *itertools.accumulate(lengths)], ((16, 20), (1, 3))
+    tensors = Case(1, cu_seqlens[-1], 2, 2, 4, *pattern, True, seed=5).tensors(torch.float32)
+    leaves = [x.to(DEVICE).requires_grad_() for x in tensors[:3]]
+    out = dilated_attention(*leaves, *pattern, causal=True, cu_seqlens=cu_seqlens)
+    actual = (out.detach(), *torch.autograd.grad(out, leaves, tensors[3].to(DEVICE)))
+    assert len(made) == (documents < 40)
+    for start, stop in itertools.pairwise(cu_seqlens):
+        expected = oracle.attention_with_gradients(*(x[:, start:stop] for x in tensors), *pattern, True)
+        for ours, right in zip(actual, (expected[0], *expected[2:]), strict=True):
+            torch.testing.assert_close(ours[:, start:stop].double().cpu(), right, atol=2e-5, rtol=2e-5)

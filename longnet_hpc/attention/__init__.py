@@ -24,7 +24,9 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (HOPPER, CU
 """Every backend by name, the preferred one first."""
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, packed_pieces: int = 0
+) -> Backend:
     """Return the backend of a name, or for ``auto`` the first that can compute what is asked.
 
     Parameters
@@ -33,6 +35,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         ``auto`` or a key of `BACKENDS`.
     device, dtype, head_dim
         What the queries, keys and values are.
+    packed_pieces : int
+        Pieces of segments of packed documents, where there are any.
 
     Raises
     ------
@@ -40,7 +44,11 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
         If there is no such backend, or the one that was forced cannot do it.
     """
     if name == "auto":
-        chosen = next(backend for backend in BACKENDS.values() if backend.supports(device, dtype, head_dim))
+        chosen = next(
+            backend
+            for backend in BACKENDS.values()
+            if backend.supports(device, dtype, head_dim) and packed_pieces <= backend.most_packed_pieces
+        )
         if not torch.compiler.is_compiling():  # the log is no part of a graph
             _say_once(chosen.name, device.type, dtype, head_dim)
         return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -147,3 +148,5 @@ class Backend:
     """The adjoint, with merged statistics."""
     pieces: AllPieces | None = None
     """A faster way to compute all pieces of a slice."""
+    most_packed_pieces: float = math.inf
+    """Pieces of packed documents, which are of many lengths, beyond which `choose_backend` takes another."""

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from longnet_hpc.attention.backend import Backend, Joined, Output, Piece
-from longnet_hpc.attention.sums import GradientCollector, SoftmaxCollector, TakesGradients, gradient_sum, softmax_sum
+from longnet_hpc.attention.sums import (
+    FEW_PIECES,
+    GradientCollector,
+    GradientSum,
+    SoftmaxCollector,
+    SoftmaxSum,
+    TakesGradients,
+    gradient_sum,
+    softmax_sum,
+)
 from longnet_hpc.attention.views import MAX_PIECES, batches, grid_view
 from longnet_hpc.grids import Grid, limited, piece_grids
 
@@ -122,7 +131,7 @@ def attend_pieces(
     """
     if backend.pieces is not None and backend.pieces.takes(q, pieces, causal=causal, backward=False):
         return backend.pieces.forward(q, k, v, pieces, causal=causal, scale=scale, joined=joined, progress=progress)
-    total = softmax_sum(q)
+    total = softmax_sum(q) if len(pieces) <= FEW_PIECES else SoftmaxSum(q)
     for index, branch, run in pieces:
         pairs = piece_grids(branch, run, q.shape[2], k.shape[2])
         attend(backend, q, k, v, pairs, total, causal=causal, scale=scale, first=index == 0, progress=progress)
@@ -153,7 +162,8 @@ def attend_pieces_backward(
         return backend.pieces.backward(
             *(q, k, v, pieces, output), causal=causal, scale=scale, joined=joined, progress=progress
         )
-    sums = gradient_sum(q), gradient_sum(k), gradient_sum(v)
+    its_sum = gradient_sum if len(pieces) <= FEW_PIECES else GradientSum
+    sums = its_sum(q), its_sum(k), its_sum(v)
     for _, branch, run in pieces:
         pairs = piece_grids(branch, run, q.shape[2], k.shape[2])
         attend_backward(*(backend, q, k, v, pairs, output, *sums), causal=causal, scale=scale, progress=progress)

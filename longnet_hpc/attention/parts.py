@@ -21,6 +21,8 @@ LONGEST = 2**31 - 1
 """Tokens of a slice that kernels can count; a longer step means that there is but one piece, or row."""
 _TOKENS = 32
 """Tokens that one program visits."""
+_FEW = 16
+"""Parts of a head, for each number of which there is a kernel of its own."""
 _WARPS = 2
 """Warps of a program, where rows have up to 64 columns."""
 
@@ -116,6 +118,8 @@ def _launch(kernel: object, entries: list[tuple[int, list[int]]], x: torch.Tenso
     for head, entry in entries:
         by_head[head] += entry
     most = max(len(row) for row in by_head) // COLUMNS
+    if most > _FEW:  # a kernel is compiled for each number, and with packed documents each sequence may have another
+        most = triton.next_power_of_2(most)
     nothing = [0, 1, 0, 0, 1, *[0] * (COLUMNS - 5)]  # no piece, so no row
     for row in by_head:
         row += nothing * (most - len(row) // COLUMNS)

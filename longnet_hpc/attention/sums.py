@@ -16,6 +16,7 @@ from longnet_hpc.attention.views import grid_view
 from longnet_hpc.grids import Grid
 
 __all__ = [
+    "FEW_PIECES",
     "GradientCollector",
     "GradientSum",
     "HeldGradients",
@@ -26,6 +27,11 @@ __all__ = [
     "softmax_sum",
     "wide_dtype",
 ]
+
+
+FEW_PIECES = 64
+"""Pieces of all branches that sums in one pass are good for, which look for each token in each of them. A slice has at
+most three a branch, unless documents are packed in it."""
 
 
 class SoftmaxCollector(Protocol):

@@ -16,6 +16,7 @@ from longnet_hpc.attention.backend import AllPieces, Backend
 from longnet_hpc.attention.cudnn import CUDNN
 from longnet_hpc.attention.hopper.launch import missing
 from longnet_hpc.attention.hopper.pieces import backward, forward, takes
+from longnet_hpc.attention.sums import FEW_PIECES
 
 __all__ = ["HOPPER"]
 
@@ -36,5 +37,7 @@ def _can_launch(device: torch.device) -> bool:
 
 
 HOPPER = Backend(
-    "hopper", _supports, CUDNN.forward, CUDNN.backward, AllPieces(takes=takes, forward=forward, backward=backward)
+    *("hopper", _supports, CUDNN.forward, CUDNN.backward),
+    AllPieces(takes=takes, forward=forward, backward=backward),
+    most_packed_pieces=FEW_PIECES,
 )

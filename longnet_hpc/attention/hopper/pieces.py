@@ -19,7 +19,14 @@ from longnet_hpc.attention.hopper.compact import CompactGradients, CompactSoftma
 from longnet_hpc.attention.hopper.forward import ForwardJob, can_merge, compact_job, dense_job, run_forward
 from longnet_hpc.attention.hopper.jobs import Rows
 from longnet_hpc.attention.hopper.statistics import find_statistics
-from longnet_hpc.attention.sums import GradientCollector, GradientSum, SoftmaxCollector, gradient_sum, softmax_sum
+from longnet_hpc.attention.sums import (
+    FEW_PIECES,
+    GradientCollector,
+    GradientSum,
+    SoftmaxCollector,
+    gradient_sum,
+    softmax_sum,
+)
 from longnet_hpc.grids import Grid, piece_grids
 
 __all__ = ["backward", "forward", "takes"]
@@ -35,10 +42,12 @@ _LARGEST_RATE = 2**20
 def takes(q: torch.Tensor, pieces: Sequence[Piece], *, causal: bool, backward: bool) -> bool:
     """Return whether the kernels compute such pieces.
 
-    The pieces of all sequences have to be one dim of a strided view. Gradients of queries are added up in no fixed
-    order, so where torch's deterministic algorithms are asked for, others compute them.
+    They have to be few, and the pieces of all sequences one dim of a strided view. Gradients of queries are added up in
+    no fixed order, so where torch's deterministic algorithms are asked for, others compute them.
     """
     batch, seq, heads, _ = q.shape
+    if len(pieces) > FEW_PIECES:
+        return False
     if backward and torch.are_deterministic_algorithms_enabled():
         return False
     if not 0 < batch * seq * heads < _MOST_ROWS or any(branch.dilation_rate > _LARGEST_RATE for _, branch, _ in pieces):
