@@ -33,8 +33,9 @@ __all__ = ["LayerPlan", "Plan", "SequencePlan", "check_shapes", "scale_of"]
 class LayerPlan(Protocol):
     """What a block knows of the sequence that it computes on."""
 
-    start: int
-    """Global position of this rank's first token."""
+    @property
+    def start(self) -> int:
+        """Global position of this rank's first token."""
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
