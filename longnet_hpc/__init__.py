@@ -7,16 +7,20 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+"""Version of the library."""
 
 _HOMES = {
     "DilatedAttention": "longnet_hpc.multihead",
+    "EncoderConfig": "longnet_hpc.encoder_config",
     "LongNet": "longnet_hpc.model",
     "LongNetConfig": "longnet_hpc.config",
+    "LongNetEncoder": "longnet_hpc.encoder",
     "LongNetError": "longnet_hpc.errors",
     "Partition": "longnet_hpc.partition",
     "Pattern": "longnet_hpc.pattern",
     "SequencePlan": "longnet_hpc.sequence_plan",
     "dilated_attention": "longnet_hpc.parallel",
+    "load_model": "longnet_hpc.load",
     "scaled_dot_product_attention": "longnet_hpc.functional",
 }
 

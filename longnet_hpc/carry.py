@@ -17,7 +17,7 @@ from longnet_hpc.attention.branch import attend, attend_backward
 from longnet_hpc.attention.sums import GradientSum, SoftmaxCollector, TakesGradients
 from longnet_hpc.attention.views import grid_view
 from longnet_hpc.chunk import Chunk, kept_rows
-from longnet_hpc.comm import RowGather
+from longnet_hpc.comm import RowGather, groups_of
 from longnet_hpc.grids import Grid, earlier_grids, kept_grids
 from longnet_hpc.pattern import Pattern
 
@@ -120,7 +120,7 @@ class Carry:
         """Of the same keys and of the same values."""
         self._pattern = pattern
         self._seq_len = seq_len
-        self._comm = comm if comm is not None and comm.size > 1 else None
+        self._comm = groups_of(comm).everyone() if comm is not None and comm.size > 1 else None
         self._flight: tuple[Crossing, Pending] | None = None
 
     def attend(
@@ -198,7 +198,7 @@ class Carry:
         for index, _, place, block in _blocks(crossing, [crossing.rank], send):
             for part, kept in enumerate(self._keys_and_values(index)):
                 block[:, :, part].copy_(_by_rows(kept, place))
-        flight = crossing.gather(self._comm).start(send.flatten(1))
+        flight = crossing.gather(self._comm).start(send.flatten(1), when_ready=True)
         self.bytes_received += flight.bytes_received
         self._flight = crossing, flight
 
@@ -241,7 +241,7 @@ class Carry:
         gather = flight = None
         if self._comm is not None:
             gather = crossing.gather(self._comm)
-            flight = gather.start_adjoint(others.flatten(1))
+            flight = gather.start_adjoint(others.flatten(1), when_ready=True)
             self.bytes_received += flight.bytes_received
 
         def finish(dk: TakesGradients, dv: TakesGradients) -> None:

@@ -1,6 +1,8 @@
-"""Checkpoints: one safetensors file with weights, optimizer state and everything needed to go on, written atomically.
+"""Checkpoints: safetensors files with weights, optimizer state and everything needed to go on, written atomically.
 
-The state is the same on all ranks, so rank 0 writes it and any number of ranks can read it. No pickle anywhere.
+A state that is the same on all ranks is one file, which rank 0 writes. Where each rank has but a shard of the optimizer
+state, it writes that into a file of its own, and rank 0 one with the weights, whose final name appears last of all. Any
+number of ranks can read either. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -8,43 +10,46 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
+from longnet_hpc.checkpoint_shards import SHARDED_VERSION, WEIGHT, Shard, read_shards, shards_of, write_shard
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
 from longnet_hpc.errors import CheckpointError, ConfigError
-from longnet_hpc.files import naming_errors, replace_file
-from longnet_hpc.words import one_line
+from longnet_hpc.files import make_partial, naming_errors, partial_of, put_in_place
+from longnet_hpc.tensor_file import checksum, read_tensors, write_tensors
 
 __all__ = [
     "FOLDER",
     "Checkpoint",
     "DataOrder",
+    "clean_up",
+    "commit_checkpoint",
+    "discard_checkpoint",
     "find_checkpoint",
     "latest_checkpoint",
     "load_checkpoint",
     "load_latest",
     "remove_old",
     "save_checkpoint",
+    "write_checkpoint",
 ]
 
 FORMAT = "longnet_hpc checkpoint"
 FORMAT_VERSION = 3
+"""Of a checkpoint in one file; of one whose optimizer state is in shards it is `SHARDED_VERSION`."""
 FOLDER = "checkpoints"
 """Folder of the checkpoints within the folder of a run."""
 
-MAX_HEADER_BYTES = 1 << 24
-"""Longest header of a checkpoint: names, shapes and checksums of its tensors."""
-
-_DESCRIPTION = {"step": int, "batch_index": int, "order": dict, "model": dict, "checksums": dict, "kinds": dict}
+_DESCRIPTION = {"step": int, "batch_index": int, "order": dict, "model": dict}
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -113,7 +118,7 @@ class Checkpoint:
     def digest(self) -> str:
         """What tells model and tensors from all others."""
         content = [json.dumps(dict(self.model), sort_keys=True)]
-        content += [name + _checksum(tensor) for name, tensor in sorted(self.tensors.items())]
+        content += [name + checksum(tensor) for name, tensor in sorted(self.tensors.items())]
         return xxhash.xxh3_64_hexdigest("\n".join(content).encode())
 
     def check_fits(self, model: LongNetConfig, order: DataOrder) -> None:
@@ -139,7 +144,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint into the folder of a run; on one rank only.
+    """Write a whole checkpoint into the folder of a run, as one file; on one rank only.
 
     It is written beside its place, flushed to the disk, and renamed, so that a file with its final name is whole.
 
@@ -148,27 +153,61 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     OSError
         If it cannot be written; nothing with its final name then appears.
     """
-    path = folder / FOLDER / f"step-{checkpoint.step:08d}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(folder, checkpoint)
+    return commit_checkpoint(folder, checkpoint.step)
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, shard: Shard | None = None) -> None:
+    """Write what this rank has of a checkpoint; it counts when rank 0 calls `commit_checkpoint`. Any thread may do it.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    checkpoint : Checkpoint
+        Tensors on the CPU or elsewhere; of a shard, the part of the optimizer state, and on the first one all weights.
+    shard : Shard, optional
+        Which it is. None means that nothing is in shards, and that this is the only rank that writes.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    path = _path(folder, checkpoint.step)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    about = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "step": checkpoint.step,
-        "batch_index": checkpoint.batch_index,
-        "order": asdict(checkpoint.order),
-        "model": dict(checkpoint.model),
-        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
-        "kinds": {name: _kind(tensor) for name, tensor in tensors.items()},
-    }
+    with naming_errors(f"cannot write checkpoint {path}", (OSError, SafetensorError)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shard is not None:
+            weights = {name: tensor for name, tensor in tensors.items() if name.startswith(WEIGHT)}
+            state = {name: tensor for name, tensor in tensors.items() if name not in weights}
+            write_shard(path, shard, checkpoint.step, state)
+            tensors = weights
+        if shard is None or shard.index == 0:
+            about = _description(checkpoint, shard)
+            make_partial(path, lambda partial: write_tensors(partial, about, tensors))
 
-    def write(partial: Path) -> None:
-        text = json.dumps(about)
-        with naming_errors(f"cannot write checkpoint {path}", (SafetensorError,)):  # its way of passing on a full disk
-            save_file(tensors, partial, {"longnet_hpc": text, "checksum": xxhash.xxh3_64_hexdigest(text.encode())})
 
-    replace_file(path, write)
+def commit_checkpoint(folder: Path, step: int) -> Path:
+    """Let the checkpoint count that was written, by all ranks that have a part of it; on rank 0 only.
+
+    Raises
+    ------
+    OSError
+        If its file cannot be renamed.
+    """
+    path = _path(folder, step)
+    with naming_errors(f"cannot write checkpoint {path}"):
+        put_in_place(path)
     return path
+
+
+def discard_checkpoint(folder: Path, step: int) -> None:
+    """Remove what was written of a checkpoint that does not count, as far as the system lets; on rank 0 only."""
+    path = _path(folder, step)
+    for part in (partial_of(path), *(() if path.exists() else shards_of(path))):
+        with suppress(OSError):  # that it cannot be written is told already
+            part.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -190,28 +229,36 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(_checkpoints(folder), key=_step_of, default=None)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """Read a checkpoint and verify its checksums. Each rank reads for itself.
+
+    Parameters
+    ----------
+    path : Path
+        Its file; shards lie beside it.
+    weights_only : bool
+        Leave the optimizer state unread.
+
+    Returns
+    -------
+    Checkpoint
+        Whole, whether it was in shards or not.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, damaged, or no checkpoint of this version.
+        If a file is missing, damaged, or no checkpoint of this version.
     """
-    with naming_errors(f"cannot read checkpoint {path}", (OSError, SafetensorError), CheckpointError):
-        with path.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise CheckpointError(f"cannot read checkpoint {path}: its header states {header_bytes} bytes")
-        with safe_open(path, "pt") as file:
-            about = _about(path, file.metadata() or {})
-            if about["checksums"].keys() != set(file.keys()):
-                raise CheckpointError(f"checkpoint {path} is damaged: tensors are missing")
-            tensors = {name: file.get_tensor(name) for name in about["checksums"]}
-    kinds = about.get("kinds", {})  # those of earlier versions have none
-    for name, tensor in tensors.items():
-        if kinds.get(name, _kind(tensor)) != _kind(tensor) or _checksum(tensor) != about["checksums"][name]:
-            raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {one_line(name)} does not fit")
+
+    def check(about: object) -> None:
+        of_one, of_shards = (FORMAT, FORMAT_VERSION), (FORMAT, SHARDED_VERSION)
+        if not isinstance(about, dict) or (about.get("format"), about.get("format_version")) not in (of_one, of_shards):
+            raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION} or {SHARDED_VERSION}")
+
+    about, tensors = read_tensors(path, check, lambda name: name.startswith(WEIGHT) or not weights_only)
+    _check_description(path, about)
+    if about["format_version"] == SHARDED_VERSION and not weights_only:
+        tensors |= read_shards(path, about["shards"], about["save"], about["step"], tensors)
     order = DataOrder(**about["order"])
     return Checkpoint(about["step"], about["batch_index"], order, about["model"], tensors)
 
@@ -245,33 +292,64 @@ def load_latest(folder: Path, tell: Callable[[str], object]) -> Checkpoint:
     raise errors[0]
 
 
-def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a checkpoint says of itself, having verified it."""
-    text = metadata.get("longnet_hpc", "null")
-    try:
-        about = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: its description is not JSON") from error
-    if not isinstance(about, dict) or (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION}")
-    if metadata.get("checksum") != xxhash.xxh3_64_hexdigest(text.encode()):
-        raise CheckpointError(f"checkpoint {path} is damaged: the checksum of its description does not fit")
-    for key, kind in _DESCRIPTION.items():
-        if type(about.get(key, {} if key == "kinds" else None)) is not kind:
+def remove_old(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the latest ``keep`` checkpoints of a run up to a step; on one rank only.
+
+    Later ones are those that were damaged when the run went on; they are replaced as it comes to them.
+
+    Raises
+    ------
+    OSError
+        If one cannot be removed.
+    """
+    with naming_errors(f"cannot remove old checkpoints of {folder}"):
+        for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
+            path.unlink()  # first: shards without it count for nothing
+            for part in shards_of(path):
+                part.unlink()
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what jobs left that were killed while they wrote a checkpoint; on one rank only, before any writes."""
+    for path in (folder / FOLDER).glob(".step-*.partial"):
+        path.unlink()
+    for path in (folder / FOLDER).glob("step-*.shard-*-of-*.safetensors"):
+        if not path.with_name(path.name.partition(".")[0] + ".safetensors").exists():
+            path.unlink()
+
+
+def _description(checkpoint: Checkpoint, shard: Shard | None) -> dict[str, object]:
+    """Return what the file with the weights says of a checkpoint."""
+    sharded = {} if shard is None else {"shards": shard.count, "save": shard.save}
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION if shard is None else SHARDED_VERSION,
+        **sharded,
+        "step": checkpoint.step,
+        "batch_index": checkpoint.batch_index,
+        "order": asdict(checkpoint.order),
+        "model": dict(checkpoint.model),
+    }
+
+
+def _check_description(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless what a checkpoint says of itself has the right types and limits."""
+    sharded = {"shards": int, "save": str} if about["format_version"] == SHARDED_VERSION else {}
+    for key, kind in (_DESCRIPTION | sharded).items():
+        if type(about.get(key)) is not kind:
             raise CheckpointError(f"{path} is no checkpoint: its {key} is missing or of the wrong type")
     for key in ("step", "batch_index"):
         if not 0 <= about[key] < 2**63:
             raise CheckpointError(f"{path} is no checkpoint: its {key} must be 0 to 2**63 - 1")
+    if sharded and about["shards"] < 1:
+        raise CheckpointError(f"{path} is no checkpoint: its shards must be at least 1, got {about['shards']}")
     order = {key: type(value).__name__ for key, value in about["order"].items()}
     if order != {field.name: field.type for field in fields(DataOrder)}:
         raise CheckpointError(f"{path} is no checkpoint: its order is not that of batches")
-    return about
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Remove all but the latest ``keep`` checkpoints of a run; on one rank only."""
-    for path in sorted(_checkpoints(folder), key=_step_of)[:-keep]:
-        path.unlink()
+def _path(folder: Path, step: int) -> Path:
+    return folder / FOLDER / f"step-{step:08d}.safetensors"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -280,12 +358,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    """Return number format and shape, which the checksum of the bytes says nothing of."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _checksum(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_64_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)

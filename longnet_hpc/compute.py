@@ -61,12 +61,18 @@ class Compute:
         If the attention backend that was asked for cannot do it.
     ConfigError
         If the positions of the model do not reach this far, or its weights exceed all memory.
+
+    Notes
+    -----
+    With ``config.deterministic``, torch's deterministic algorithms are on from here to the end of the process.
     """
 
     def __init__(self, config: ComputeConfig, launch: Launch, model: LongNetConfig, seq_len: int) -> None:
         self._launch, self._model, self._backend = launch, model, config.backend
         self.compiles = _compiles(config, model, launch.device)
         self.device = launch.device
+        if config.deterministic:
+            _fix_the_order_of_sums()
         self.check_memory(4)  # the weights; before anything is made in their size
         wants_half = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
         self.dtype = torch.bfloat16 if wants_half else torch.float32
@@ -126,6 +132,7 @@ class Compute:
         half_residual: bool,
         activation_checkpointing: bool = False,
         keep_attention: bool = True,
+        shard_optimizer: bool = False,
     ) -> int:
         """Return how long a chunk may be over all ranks, in tokens: a power of two times the ranks, if not all.
 
@@ -138,6 +145,7 @@ class Compute:
             step = PlanConfig(
                 model=self._model, seq_len=seq_len, ranks=(size,), stream=True, task=task, half_residual=half_residual,
                 activation_checkpointing=activation_checkpointing, keep_attention=keep_attention,
+                shard_optimizer=shard_optimizer,
             )  # fmt: skip
             if self.dtype != torch.float32 and not self.compiles:
                 share /= 2  # without torch.compile a token needs nearly twice the memory
@@ -164,6 +172,13 @@ def memory_there(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fix_the_order_of_sums() -> None:
+    """Let this process use deterministic algorithms alone; before its first product on a GPU."""
+    # cuBLAS reads it once, for each new handle; other values of it may give other bits from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def _compiles(config: ComputeConfig, model: LongNetConfig, device: torch.device) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tyro.conf import Positional, PositionalMetavarFromFieldName
 
@@ -40,6 +40,11 @@ def at_least(config: object, limit: int, *names: str) -> None:
             raise ConfigError(f"{name} must be at least {limit}, got {value}")
 
 
+def _finite_time(config: object, name: str) -> None:
+    if not 0.0 <= getattr(config, name) < math.inf:
+        raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LongNetConfig:
     """A LongNet decoder (LongNet, Section 4; MAGNETO blocks)."""
@@ -60,14 +65,20 @@ class LongNetConfig:
     """Segment length w of each attention branch, in tokens."""
     dilation_rates: tuple[int, ...] = PAPER_DILATION_RATES
     """Dilation rate r of each attention branch, in tokens."""
-    positions: Literal["rotary", "xpos"] = "rotary"
-    """Position encoding: rotary, or xPos as in the paper (limited in length)."""
+    positions: Literal["rotary", "xpos", "none"] = "rotary"
+    """Position encoding: rotary, xPos as in the paper (limited in length), or none but the order that a mask gives."""
     rotary_base: float = 10000.0
     """Base of the rotary wavelengths, in tokens."""
     dropout: float = 0.0
     """Probability of zeroing an activation while training, 0 to below 1. Masks depend on the global position alone."""
     tie_head: bool = True
     """Use the token embedding as output projection."""
+
+    # What a block asks of its config and `encoder_config.EncoderConfig` leaves open is the same for all decoders.
+    causal: ClassVar[bool] = True
+    norms: ClassVar[Literal["sub", "pre", "post", "deep"]] = "sub"
+    norm_eps: ClassVar[float] = 1e-5
+    activation: ClassVar[Literal["gelu", "relu"]] = "gelu"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "layers", "embed_dim", "heads", "ffn_ratio")
@@ -81,14 +92,19 @@ class LongNetConfig:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not 1.0 < self.rotary_base < math.inf:
             raise ConfigError(f"rotary_base must be above 1 and finite, got {self.rotary_base}")
-        if self.positions not in ("rotary", "xpos"):
-            raise ConfigError(f"positions must be rotary or xpos, got {self.positions!r}")
+        if self.positions not in ("rotary", "xpos", "none"):
+            raise ConfigError(f"positions must be rotary, xpos or none, got {self.positions!r}")
         _ = self.pattern  # a pattern that cannot exist is an error here, not at the first step
 
     @property
     def head_dim(self) -> int:
         """Features of one head."""
         return self.embed_dim // self.heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer, in features."""
+        return self.embed_dim * self.ffn_ratio
 
     @property
     def parameter_count(self) -> int:
@@ -136,6 +152,7 @@ PRESETS: dict[str, LongNetConfig] = {
     "760m": LongNetConfig(layers=24, embed_dim=1536, heads=16),
     "2.7b": LongNetConfig(layers=32, embed_dim=2560, heads=32),
 }
+"""Model of each preset: a small one, and those of the paper."""
 
 PresetName = Literal["tiny", "125m", "350m", "760m", "2.7b"]
 
@@ -197,12 +214,13 @@ class ComputeConfig:
     """How GPU memory travels between ranks: by a CUDA-aware MPI (direct) or through host memory (staged)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Fuse what lies between products and attention by torch.compile. auto: on CUDA with Triton, without dropout."""
+    deterministic: bool = False
+    """Give the same bits in every run on the same ranks and devices, on a GPU too, which is then slower."""
     watchdog_seconds: float = field(default=600.0, metadata=THIS_CALL_ONLY)
     """Silence of a rank after which the job is ended, in seconds; 0 means never."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.watchdog_seconds < math.inf:
-            raise ConfigError(f"watchdog_seconds must be at least 0 and finite, got {self.watchdog_seconds}")
+        _finite_time(self, "watchdog_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +239,8 @@ class TrainConfig(ComputeConfig):
     """Step after which to save and stop early, for a job with a time limit, in steps; above those done before."""
     corpus: Path | None = None
     """Corpus file made by prepare. None means Python's standard library, less one file in twenty for evaluation."""
+    read_retry_seconds: float = field(default=60.0, metadata=THIS_CALL_ONLY)
+    """Time for which a read of the corpus that a shared file system refuses is tried again, in seconds; 0 is never."""
     preset: PresetName = "tiny"
     """Model and optimizer the fields below start from; replaces a config file's model, not its optimizer."""
     model: LongNetConfig = PRESETS["tiny"]
@@ -255,8 +275,10 @@ class TrainConfig(ComputeConfig):
     """Under activation_checkpointing, keep the output of attention and its rows from other ranks nevertheless."""
     half_residual: bool = False
     """Keep the residual stream in the number format of matrix products, too: half its memory under bfloat16."""
+    shard_optimizer: bool = False
+    """Keep the optimizer state in shards, one a rank, in checkpoints too: the same results in less memory."""
     save_every: int = 100
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; there is always one at the end. They are written while the next step computes."""
     keep: int = 2
     """Number of checkpoints kept, the latest ones."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -270,6 +292,7 @@ class TrainConfig(ComputeConfig):
         at_least(self, 1, "compare_every")
         at_least(self, 1, "chunk_len")
         at_least(self, 0, "stop_after")
+        _finite_time(self, "read_retry_seconds")
         if self.stream and (self.batch_size != 1 or self.accumulation != 1):
             raise ConfigError("a step of a stream is one sequence: batch_size and accumulation must be 1")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):
@@ -315,6 +338,8 @@ class EvalConfig(ComputeConfig):
     """Checkpoint file, or the folder of a run for its latest one."""
     corpus: Path | None = None
     """Corpus file (HDF5, made by prepare). None means the part of the standard library that train leaves out."""
+    read_retry_seconds: float = field(default=60.0, metadata=THIS_CALL_ONLY)
+    """Time for which a read of the corpus that a shared file system refuses is tried again, in seconds; 0 is never."""
     seq_len: int | None = None
     """Length of a sequence over all ranks, in tokens. None means that of training; of a stream, the whole corpus."""
     stream: bool = False
@@ -338,6 +363,7 @@ class EvalConfig(ComputeConfig):
         super().__post_init__()
         at_least(self, 1, "seq_len", "chunk_len", "batch_size", "max_batches")
         at_least(self, 0, "stop_after")
+        _finite_time(self, "read_retry_seconds")
         if self.stream and (self.batch_size != 1 or self.max_batches is not None):
             raise ConfigError("a stream is one sequence: batch_size and max_batches have no say, give seq_len")
         if not self.stream and (self.chunk_len is not None or self.stop_after is not None):

@@ -14,6 +14,7 @@ from longnet_hpc.config_file import to_table
 from longnet_hpc.data import Corpus, default_sources, prepare
 from longnet_hpc.data.sources import STANDARD_INPUT, find_units
 from longnet_hpc.errors import CorpusError
+from longnet_hpc.files import naming_errors
 from longnet_hpc.progress import bytes_bar
 from longnet_hpc.record import append_record, make_record, where
 
@@ -47,9 +48,10 @@ def prepare_corpus(config: PrepareConfig, launch: Launch) -> Path:
             progress=lambda count: update(count * launch.size),
         )
     seconds = time.perf_counter() - begin
-    with agreed(launch.comm):
+    record = path.with_name(path.name + ".record.jsonl")
+    with agreed(launch.comm), naming_errors(f"{path} is whole, but cannot write its record {record}"):
         if launch.rank == 0:
-            _write_record(path, config, launch, seconds)
+            _write_record(record, path, config, launch, seconds)
     return path
 
 
@@ -89,7 +91,7 @@ def _source_bytes(sources: Sequence[str]) -> int | None:
     return None if STANDARD_INPUT in sources else sum(unit.size for unit in find_units(sources))
 
 
-def _write_record(path: Path, config: PrepareConfig, launch: Launch, seconds: float) -> None:
+def _write_record(record_path: Path, path: Path, config: PrepareConfig, launch: Launch, seconds: float) -> None:
     with Corpus(path) as corpus:
         size, tokens, documents = corpus.num_bytes, corpus.num_tokens, corpus.num_documents
     record = make_record(
@@ -105,4 +107,4 @@ def _write_record(path: Path, config: PrepareConfig, launch: Launch, seconds: fl
         },
         check=("the corpus file opens and its parts fit together", True),
     )
-    append_record(path.with_name(path.name + ".record.jsonl"), record)
+    append_record(record_path, record)

@@ -150,8 +150,8 @@ def _open(config: EvalConfig, launch: Launch, checkpoint_path: Path, corpus_path
     facts: dict[str, object] = {}
     with agreed(launch.comm, facts=facts):
         path = find_checkpoint(checkpoint_path)
-        checkpoint = load_checkpoint(path)
-        corpus = stack.enter_context(Corpus(corpus_path))
+        checkpoint = load_checkpoint(path, weights_only=True)
+        corpus = stack.enter_context(Corpus(corpus_path, config.read_retry_seconds))
         longest = corpus.num_tokens - 1
         seq_len = config.seq_len or (longest if config.stream else checkpoint.order.seq_len)
         if config.stream and not 0 < seq_len <= longest:

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from longnet_hpc.words import one_line
 
-__all__ = ["check_writable", "naming_errors", "replace_file"]
+__all__ = [
+    "check_writable",
+    "make_partial",
+    "naming_errors",
+    "partial_of",
+    "put_in_place",
+    "replace_file",
+    "system_errno",
+]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -24,7 +32,19 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     OSError
         If it cannot be written; the old file, if any, then stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    make_partial(path, write)
+    put_in_place(path)
+
+
+def make_partial(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a file beside its place by ``write(partial)`` and flush it to the disk, for `put_in_place`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; nothing is then left.
+    """
+    partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)  # left by a job that was killed
         partial.touch()
@@ -33,6 +53,21 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         partial.chmod(mode)
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(path: Path) -> None:
+    """Rename what `make_partial` made, and flush the folder to the disk.
+
+    Raises
+    ------
+    OSError
+        If it cannot be renamed; it is then removed, and the old file, if any, stays.
+    """
+    partial = partial_of(path)
+    try:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -41,6 +76,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def partial_of(path: Path) -> Path:
+    """Return where a file lies until it is whole."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def check_writable(folder: Path) -> None:
@@ -83,10 +123,26 @@ def naming_errors(
         raise raised(f"{failing}: {_reason(error)}") from error
 
 
+def system_errno(error: BaseException) -> int | None:
+    """Return the number of the system's error that is behind an error, None if there is none.
+
+    HDF5 hides it among file descriptors and pointers, and h5py may raise a KeyError or RuntimeError that quotes that.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        number = re.search(r"\berrno = (\d+)", str(cause))
+        if number is not None:
+            return int(number[1])
+        cause = cause.__cause__
+    return None
+
+
 def _reason(error: Exception) -> str:
-    """Return what went wrong, in one line; HDF5 hides the system's error among file descriptors and pointers."""
+    """Return what went wrong, in one line; HDF5 and safetensors hide the system's error among others."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    number = re.search(r"\berrno = (\d+)", reason)
+    number = re.search(r"\berrno = (\d+)|\(os error (\d+)\)", reason)
     if number is not None:
-        return os.strerror(int(number[1]))
+        return os.strerror(int(number[1] or number[2]))
     return one_line(re.sub(r",? *\w+ = 0x[0-9a-f]+", "", reason))

@@ -159,7 +159,9 @@ def truncated(logits: torch.Tensor, top_k: int | None = None, top_p: float | Non
         ordered[..., top_k:] = -torch.inf
     if top_p is not None and top_p < 1.0:
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
+        if torch.are_deterministic_algorithms_enabled():
+            probabilities = probabilities.cpu()  # a GPU adds up in no fixed order
+        before = (probabilities.cumsum(-1) - probabilities).to(logits.device)
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
@@ -215,7 +217,7 @@ def write_text(config: GenerateConfig, launch: Launch, write: Callable[[str], ob
         raise ConfigError(
             f"generate needs --prompt or --prompt-file, got {'both' if config.prompt_file else 'neither'}"
         )
-    checkpoint = load_checkpoint(find_checkpoint(config.checkpoint))
+    checkpoint = load_checkpoint(find_checkpoint(config.checkpoint), weights_only=True)
     tokenizer = _tokenizer_of(config, checkpoint.model_config)
     prompt = _prompt_of(config, tokenizer)
     seq_len = prompt.shape[1] + config.max_new_tokens

@@ -16,7 +16,7 @@ from itertools import groupby
 from longnet_hpc.partition import Run
 from longnet_hpc.pattern import Branch
 
-__all__ = ["Grid", "column_grids", "earlier_grids", "kept_grids", "limited", "piece_grids", "row_grids"]
+__all__ = ["Grid", "column_grids", "earlier_grids", "kept_grids", "limited", "past_grids", "piece_grids", "row_grids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +169,28 @@ def earlier_grids(branch: Branch, run: Run, tokens: int, heads: int) -> tuple[tu
 
 
 @lru_cache(maxsize=4096)
+def past_grids(branch: Branch, run: Run, tokens: int, heads: int, kv_heads: int) -> tuple[tuple[Grid, Grid], ...]:
+    """Return the query grids of one piece, each with the grid of the earlier keys of its segment, as they lie.
+
+    Parameters
+    ----------
+    branch, run : Branch, Run
+        The grid of each head, and the one piece.
+    tokens : int
+        Tokens of the segment before the piece: the keys are those of an array that begins and ends with them.
+    heads, kv_heads : int
+        Query heads and key/value heads.
+    """
+    before = Run(0, tokens, 1, 0)
+    return tuple(
+        (_grid(branch, run, bundle, step), replace(_kv_grid(branch, before, bundle, step), rows=rows, first_row=offset))
+        for offset in branch.offsets(heads)
+        if (rows := before.rows(branch, offset))
+        for bundle, step in _bundles(_pairs_at(branch, run, offset, heads, kv_heads))
+    )
+
+
+@lru_cache(maxsize=4096)
 def kept_grids(branch: Branch, run: Run, heads: int, kv_heads: int) -> tuple[tuple[Grid, Grid], ...]:
     """Return the grids of the keys of one piece, each with its place among the kept rows of the segment.
 
@@ -215,13 +237,13 @@ def limited(pairs: Iterable[tuple[Grid, Grid]], count: int) -> Iterator[tuple[Gr
 
 def _pairs(branch: Branch, run: Run, heads: int, kv_heads: int) -> list[_Pair]:
     """Return the query heads that have rows in a piece, offset by offset."""
-    pairs = []
-    for offset in branch.offsets(heads):
-        first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
-        if rows:
-            heads_there = zip(branch.heads_at(offset, heads), branch.kv_heads_at(offset, heads, kv_heads), strict=True)
-            pairs += [_Pair(first_row, rows, head, kv_head) for head, kv_head in heads_there]
-    return pairs
+    return [pair for offset in branch.offsets(heads) for pair in _pairs_at(branch, run, offset, heads, kv_heads)]
+
+
+def _pairs_at(branch: Branch, run: Run, offset: int, heads: int, kv_heads: int) -> list[_Pair]:
+    first_row, rows = run.first_row(branch, offset), run.rows(branch, offset)
+    heads_there = zip(branch.heads_at(offset, heads), branch.kv_heads_at(offset, heads, kv_heads), strict=True)
+    return [_Pair(first_row, rows, head, kv_head) for head, kv_head in heads_there] if rows else []
 
 
 def _by_rows_before(branch: Branch, tokens: int, pairs: Iterable[_Pair]) -> list[tuple[int, list[_Pair]]]:

@@ -19,6 +19,7 @@ from longnet_hpc.attention import choose_backend
 from longnet_hpc.attention.backend import Joined, Output
 from longnet_hpc.attention.branch import attend, attend_backward, attend_pieces, attend_pieces_backward
 from longnet_hpc.attention.sums import HeldGradients, gradient_sum, wide_dtype
+from longnet_hpc.comm.buffers import Pending
 from longnet_hpc.exchange import Rows
 from longnet_hpc.grids import row_grids
 from longnet_hpc.trace import span
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from longnet_hpc.carry import Carry, Crossing
-    from longnet_hpc.comm.buffers import Pending
     from longnet_hpc.exchange import SpanExchange
     from longnet_hpc.pattern import Branch
     from longnet_hpc.sequence_plan import SequencePlan
@@ -271,9 +271,10 @@ def _laid_out(x: torch.Tensor) -> torch.Tensor:
 
 
 def _driving(flights: list[Pending]) -> Callable[[], None]:
-    """Return a function that moves exchanges on, those of a list that may still grow."""
+    """Return a function that moves exchanges on: those of a list that may still grow, and earlier ones."""
 
     def progress() -> None:
+        Pending.start_ready()
         for flight in flights:
             flight.test()
 

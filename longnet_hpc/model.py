@@ -13,21 +13,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import longnet_hpc.stream  # noqa: F401  registers an operator that is named below
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.dropout import position_dropout
+from longnet_hpc.encoder_config import EncoderConfig
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
 from longnet_hpc.gelu_norm import gelu_norm
 from longnet_hpc.one_process import OneProcessPlan
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
-from longnet_hpc.sequence_plan import LayerPlan, SequencePlan
-from longnet_hpc.stream import ChunkPlan
+from longnet_hpc.sequence_plan import LayerPlan, Plan, SequencePlan
 
-__all__ = ["Block", "LongNet"]
+__all__ = ["Block", "LongNet", "check_plan"]
 
 Recomputed = Literal["nothing", "all but attention", "all"]
-Plan = SequencePlan | ChunkPlan | OneProcessPlan
 _keeping_attention = partial(
     create_selective_checkpoint_contexts,
     [
@@ -40,40 +40,47 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Block(nn.Module):
-    """One decoder block with sub-LayerNorm (MAGNETO, Wang et al. 2022, Section 2).
+    """One block: dilated attention and a feed-forward layer, each added to the residual stream.
+
+    Norms are those of MAGNETO (sub-LayerNorm, Wang et al. 2022, Section 2); an encoder may have others.
 
     Parameters
     ----------
-    config : LongNetConfig
-        Sizes.
+    config : LongNetConfig or EncoderConfig
+        Sizes, and where the norms are.
     index : int
         Which block, for the sites of dropout.
     """
 
-    def __init__(self, config: LongNetConfig, index: int) -> None:
+    def __init__(self, config: LongNetConfig | EncoderConfig, index: int) -> None:
         super().__init__()
         width, kv_width = config.embed_dim, config.head_dim * (config.kv_heads or config.heads)
-        inner = width * config.ffn_ratio
+        inner, eps, has_inner_norms = config.ffn_dim, config.norm_eps, config.norms == "sub"
         self.config = config
         self.index = index
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width, eps)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, kv_width)
         self.v_proj = nn.Linear(width, kv_width)
-        self.inner_attention_norm = nn.LayerNorm(width)
+        self.inner_attention_norm = nn.LayerNorm(width, eps) if has_inner_norms else nn.Identity()
         self.out_proj = nn.Linear(width, width)
-        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn_norm = nn.LayerNorm(width, eps)
         self.fc1 = nn.Linear(width, inner)
-        self.inner_ffn_norm = nn.LayerNorm(inner)
+        self.inner_ffn_norm = nn.LayerNorm(inner, eps) if has_inner_norms else nn.Identity()
         self.fc2 = nn.Linear(inner, width)
-        # MAGNETO, Table 2, decoder-only: gain sqrt(ln 2M) for all but queries and keys.
-        gain = math.sqrt(math.log(2 * config.layers))
-        for projection in (self.q_proj, self.k_proj):
-            nn.init.xavier_normal_(projection.weight)
-            nn.init.zeros_(projection.bias)
-        for projection in (self.v_proj, self.out_proj, self.fc1, self.fc2):
-            nn.init.xavier_normal_(projection.weight, gain=gain)
-            nn.init.zeros_(projection.bias)
+        for layer in self.children():
+            self.draw(layer)
+
+    def draw(self, layer: nn.Module) -> None:
+        """Draw the parameters of one of its layers (MAGNETO, Table 2, or DeepNet, Figure 2; no cross-attention)."""
+        if isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+        elif isinstance(layer, nn.Linear):
+            shapes_scores = layer is self.q_proj or layer is self.k_proj
+            depth = self.config.layers
+            gains = {"sub": math.sqrt(math.log(2 * depth)), "deep": (8 * depth) ** -0.25}
+            nn.init.xavier_normal_(layer.weight, gain=1.0 if shapes_scores else gains.get(self.config.norms, 1.0))
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -97,14 +104,35 @@ class Block(nn.Module):
         return out
 
     def _compute(self, x: torch.Tensor, plan: LayerPlan, rotation: Rotation, dropout_seed: int) -> torch.Tensor:
-        normed = self.attention_norm(x)
+        normed = self._before(x, self.attention_norm)
         q, k = rotation.apply(*self._queries_and_keys(normed))
         v = self.v_proj(normed).unflatten(-1, (-1, self.config.head_dim))
-        mixed = plan.attention(q, k, v, causal=True).flatten(2)
-        x = x + self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
+        mixed = plan.attention(q, k, v, causal=self.config.causal).flatten(2)
+        change = self._drop(self.out_proj(self.inner_attention_norm(mixed)), plan, dropout_seed, 0)
+        x = self._add(x, change, self.attention_norm)
+        inner = self._activate(self.fc1(self._before(x, self.ffn_norm)))
+        return self._add(x, self._drop(self.fc2(inner), plan, dropout_seed, 1), self.ffn_norm)
+
+    def _before(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """Return what a sublayer takes: the residual stream under its norm, unless that comes after it."""
+        normed: torch.Tensor = norm(x) if self.config.norms in ("sub", "pre") else x
+        return normed
+
+    def _add(self, x: torch.Tensor, change: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """Return the residual stream after a sublayer."""
+        if self.config.norms in ("sub", "pre"):
+            return x + change
+        # DeepNet, Figure 2: encoder- or decoder-only.
+        scale = (2 * self.config.layers) ** 0.25 if self.config.norms == "deep" else 1.0
+        after: torch.Tensor = norm(scale * x + change)
+        return after
+
+    def _activate(self, h: torch.Tensor) -> torch.Tensor:
         norm = self.inner_ffn_norm
-        inner = gelu_norm(self.fc1(self.ffn_norm(x)), norm.weight, norm.bias, norm.eps)
-        return x + self._drop(self.fc2(inner), plan, dropout_seed, 1)
+        if self.config.activation == "gelu" and isinstance(norm, nn.LayerNorm):
+            return gelu_norm(h, norm.weight, norm.bias, norm.eps)
+        normed: torch.Tensor = norm(F.gelu(h) if self.config.activation == "gelu" else F.relu(h))
+        return normed
 
     def _queries_and_keys(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         heads = (-1, self.config.head_dim)
@@ -226,9 +254,10 @@ class LongNet(nn.Module):
         ----------
         tokens : torch.Tensor
             This rank's slice, ``(batch, local_len)``, an integer dtype.
-        plan : SequencePlan or ChunkPlan, optional
-            Who owns which tokens; by default one process owns them all. A chunk belongs to a longer sequence, of which
-            it has to be the next part: see `stream.SequenceStream`.
+        plan : Plan, optional
+            Who owns which tokens; by default one process owns them all. A `SequencePlan`, or a chunk of a longer
+            sequence, of which it has to be the next part: see `stream.SequenceStream`, and `continued` for one whose
+            keys a cache holds.
         dropout_seed : int
             Chooses the dropout masks while training; change it every step.
 
@@ -253,12 +282,7 @@ class LongNet(nn.Module):
                 plan = OneProcessPlan(self.config.pattern, tokens.shape[1])
             if plan is None:
                 plan = SequencePlan.build(self.config.pattern, tokens.shape[1], device=tokens.device)
-            if plan.pattern != self.config.pattern:
-                raise ShapeError(
-                    f"the plan has pattern {_in_words(plan.pattern)}, not the model's {_in_words(self.config.pattern)}"
-                )
-            if tokens.shape[1] != plan.local_len:
-                raise ShapeError(f"this rank owns {plan.local_len} tokens of the plan, got {tokens.shape[1]}")
+            check_plan(plan, self.config.pattern, tokens.shape[1])
             if targets is not None:
                 if targets.shape != tokens.shape:
                     raise ShapeError(f"targets must be shaped {tuple(tokens.shape)}, got {tuple(targets.shape)}")
@@ -355,6 +379,14 @@ class LongNet(nn.Module):
 def _tells_us_something(record: logging.LogRecord) -> bool:
     """Leave out that what is checkpointed by choice must change nothing in place, which a block does not."""
     return "context_fn is passed to torch.utils.checkpoint under torch.compile" not in record.getMessage()
+
+
+def check_plan(plan: Plan, pattern: Pattern, local_len: int) -> None:
+    """Raise ShapeError unless a plan has the pattern of a model and the tokens that this rank has."""
+    if plan.pattern != pattern:
+        raise ShapeError(f"the plan has pattern {_in_words(plan.pattern)}, not the model's {_in_words(pattern)}")
+    if local_len != plan.local_len:
+        raise ShapeError(f"this rank owns {plan.local_len} tokens of the plan, got {local_len}")
 
 
 def _in_words(pattern: Pattern) -> str:

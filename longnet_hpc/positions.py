@@ -16,7 +16,7 @@ import torch
 
 from longnet_hpc.errors import ConfigError
 
-__all__ = ["POSITIONS", "Encoding", "Rotation", "longest_xpos", "rotary", "xpos"]
+__all__ = ["POSITIONS", "Encoding", "Rotation", "longest_xpos", "rotary", "unrotated", "xpos"]
 
 XPOS_SCALE_BASE = 512
 """Tokens over which xPos applies its decay once."""
@@ -50,6 +50,13 @@ class Rotation:
             ``(batch, local_len, heads, head_dim)`` with an even head_dim.
         """
         return _multiply(q, self.query), _multiply(k, self.key)
+
+
+class _Unrotated(Rotation):
+    """Leaves queries and keys as they are."""
+
+    def apply(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return q, k
 
 
 def _multiply(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -135,6 +142,20 @@ def xpos(
     return Rotation(query, key)
 
 
+def unrotated(
+    start: int, local_len: int, seq_len: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> Rotation:
+    """Leave queries and keys as they are; parameters as for `rotary`. Positions then show in the input, or not at all.
+
+    Parameters
+    ----------
+    start, local_len, seq_len, head_dim, base, dtype, device
+        As for `rotary`.
+    """
+    nothing = torch.empty(0, device=device)
+    return _Unrotated(nothing, nothing)
+
+
 def longest_xpos(dtype: torch.dtype) -> int:
     """Return how many tokens the scale of `xpos` can span within the range of a dtype, with a margin."""
     finfo = torch.finfo(dtype)
@@ -142,7 +163,7 @@ def longest_xpos(dtype: torch.dtype) -> int:
     return int(2 * XPOS_SCALE_BASE * largest / math.log((1 + XPOS_GAMMA) / XPOS_GAMMA))
 
 
-POSITIONS: dict[str, Encoding] = {"rotary": rotary, "xpos": xpos}
+POSITIONS: dict[str, Encoding] = {"rotary": rotary, "xpos": xpos, "none": unrotated}
 """Every position encoding by the name that `LongNetConfig.positions` gives it."""
 
 

@@ -136,17 +136,23 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     Raises
     ------
     OSError
-        If the file cannot be written.
+        If the file cannot be written, or not the whole line: it is then as it was.
     ValueError
         If a number is not finite, for which JSON has no word; nothing is then written.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    with path.open("ab+") as stream:
-        if stream.tell():
+    with path.open("ab+", buffering=0) as stream:
+        size = stream.tell()
+        if size:
             stream.seek(-1, os.SEEK_END)
             if stream.read() != b"\n":  # a job was killed while it wrote
                 line = b"\n" + line
-        stream.write(line)
+        try:
+            while line:
+                line = line[stream.write(line) or 0 :]
+        except OSError:
+            stream.truncate(size)  # a disk that is full takes a part of a line
+            raise
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -233,7 +233,7 @@ def _main_job(config: TrainConfig, launch: Launch) -> None:
     result = _train(config, launch)
     embedded = config.corpus is None or config.corpus.resolve() == embedded_path("train", RUNS / "corpus").resolve()
     alike: dict[str, Any] = {"max_batches": 40}
-    names = ["device", "dtype", "backend", "transport", "half_residual"]
+    names = ["device", "dtype", "backend", "transport", "half_residual", "deterministic"]
     if config.stream:  # what one chunk needs is there; what a whole sequence needs may not be
         alike, names = {}, [*names, "compile", "stream", "seq_len", "chunk_len"]
     alike |= {name: getattr(config, name) for name in names}

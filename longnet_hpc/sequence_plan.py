@@ -27,19 +27,46 @@ if TYPE_CHECKING:
 
     from longnet_hpc.comm.buffers import Pending
 
-__all__ = ["LayerPlan", "SequencePlan", "check_shapes", "scale_of"]
+__all__ = ["LayerPlan", "Plan", "SequencePlan", "check_shapes", "scale_of"]
 
 
 class LayerPlan(Protocol):
     """What a block knows of the sequence that it computes on."""
 
-    start: int
-    """Global position of this rank's first token."""
+    @property
+    def start(self) -> int:
+        """Global position of this rank's first token."""
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, softmax_scale: float | None = None
     ) -> torch.Tensor:
         """Compute the attention of one layer; see `SequencePlan.attention`."""
+
+
+class Plan(Protocol):
+    """What a model knows of the sequence that it computes on: a `SequencePlan`, or what takes its place."""
+
+    @property
+    def pattern(self) -> Pattern:
+        """The branches."""
+
+    @property
+    def start(self) -> int:
+        """Global position of this rank's first token."""
+
+    @property
+    def local_len(self) -> int:
+        """Tokens of this rank's slice."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the whole sequence."""
+
+    def of_layer(self, index: int) -> LayerPlan:
+        """Return what computes the attention of a layer."""
+
+    def agree(self, facts: Mapping[str, object], error: LongNetError | None = None) -> None:
+        """Raise the error, if any, or one that tells how ranks differ; see `SequencePlan.agree`."""
 
 
 Observer = Callable[[Sequence[tuple[Branch, SpanExchange]], Sequence["Pending"], bool], object]

@@ -33,7 +33,7 @@ __all__ = ["ChunkPlan", "SequenceStream"]
 
 
 class SequenceStream:
-    """One causal sequence of ``layers`` attention layers on its way through time.
+    """One causal sequence of ``layers`` attention layers on its way through time. Making it is collective.
 
     Parameters
     ----------

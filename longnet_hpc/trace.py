@@ -22,6 +22,7 @@ from longnet_hpc.life import life
 __all__ = ["CATEGORIES", "IDLE", "Category", "Event", "Trace", "Transfer", "current", "span", "transfer", "use"]
 
 Category = Literal["compute", "exchange", "wait", "input", "gradient", "checkpoint"]
+"""One of `CATEGORIES`."""
 CATEGORIES: tuple[Category, ...] = ("compute", "exchange", "wait", "input", "gradient", "checkpoint")
 """What time is spent on: exchange from start to end of transfers of keys, values and their gradients, wait where
 nothing but waiting was done meanwhile, gradient all of summing over ranks, with its own transfers and waits."""

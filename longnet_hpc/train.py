@@ -15,13 +15,13 @@ from typing import Any
 
 from longnet_hpc.checkpoint import (
     Checkpoint,
+    clean_up,
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     load_latest,
-    remove_old,
-    save_checkpoint,
 )
+from longnet_hpc.checkpoint_writer import CheckpointWriter
 from longnet_hpc.comm import agreed, broadcast_object
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import TrainConfig
@@ -33,7 +33,6 @@ from longnet_hpc.optimizer import load_weights
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, make_record, read_metrics, where
 from longnet_hpc.stopping import StopRequest
-from longnet_hpc.trace import span
 from longnet_hpc.train_stream import StreamTrainer
 from longnet_hpc.trainer import Trainer
 
@@ -135,11 +134,13 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
             if config.resume is None and folder.exists():
                 raise ConfigError(f"folder {folder} exists; go on with --resume {folder}, or choose another --folder")
             checkpoint = _checkpoint_to_resume(folder, launch) if config.resume else None
-            corpus = Corpus(corpus_path)
+            corpus = Corpus(corpus_path, config.read_retry_seconds)
             kind = StreamTrainer if config.stream else Trainer
             trainer = kind(config, launch, corpus, checkpoint)
             if config.start_from is not None and checkpoint is None:
-                load_weights(trainer.model, load_checkpoint(find_checkpoint(config.start_from)).tensors)
+                load_weights(
+                    trainer.model, load_checkpoint(find_checkpoint(config.start_from), weights_only=True).tensors
+                )
             trainer.check_steps()
             trainer.check_data()
             facts.update(trainer.facts())
@@ -189,6 +190,7 @@ def _announce(trainer: Trainer, corpus_path: Path, folder: Path) -> None:
 def _open_folder(folder: Path, config: TrainConfig, steps_done: int) -> list[dict[str, Any]]:
     """Make the folder of the run, or take it up; return the metrics up to the checkpoint."""
     folder.mkdir(parents=True, exist_ok=config.resume is not None)
+    clean_up(folder)
     metrics = folder / METRICS_NAME
     lines = read_metrics(metrics, steps_done)
     # Steps after the checkpoint will be done again.
@@ -199,12 +201,16 @@ def _open_folder(folder: Path, config: TrainConfig, steps_done: int) -> list[dic
 
 
 def _steps(trainer: Trainer, folder: Path, stop: StopRequest) -> list[dict[str, Any]]:
-    """Do the steps of this call, or those up to a request to stop, writing metrics and checkpoints on rank 0."""
+    """Do the steps of this call, or those up to a request to stop, writing metrics and checkpoints."""
     config, comm, rank = trainer.config, trainer.launch.comm, trainer.launch.rank
     last = trainer.last_step
     lines: list[dict[str, Any]] = []
     asked = False
-    with steps_bar(rank, "train", last, trainer.steps_done) as update:
+    with (
+        steps_bar(rank, "train", last, trainer.steps_done) as update,
+        CheckpointWriter(folder, trainer.launch, config.keep, trainer.resumed_at) as writer,
+    ):
+        trainer.before_update, trainer.between_chunks = writer.settle, writer.settle_if_written
         while trainer.steps_done < last and not asked:
             try:
                 line = trainer.step()
@@ -216,15 +222,14 @@ def _steps(trainer: Trainer, folder: Path, stop: StopRequest) -> list[dict[str, 
                 raise type(error)(f"{error}; {_where_to_go_on(folder)}") from error
             except StoppedError:
                 # A step that was left is gone on with from the weights at its start, whatever these came from.
-                with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
-                    if rank == 0:
-                        _save_checkpoint(trainer, folder)
+                writer.begin(trainer)
+                writer.settle()
                 raise
             with agreed(comm), naming_errors(f"cannot write run folder {folder}"):
                 if rank == 0:
                     append_record(folder / METRICS_NAME, line)
-                    if due:
-                        _save_checkpoint(trainer, folder)
+            if due:
+                writer.begin(trainer)
             if "loss" not in line:
                 update("left out")
                 continue
@@ -244,12 +249,6 @@ def _where_to_go_on(folder: Path) -> str:
     if latest is None:
         return "there is no checkpoint before it"
     return f"the last checkpoint before it is {latest}, from which train --resume {folder} goes on"
-
-
-def _save_checkpoint(trainer: Trainer, folder: Path) -> None:
-    with span("checkpoint", "checkpoint"):
-        save_checkpoint(folder, trainer.checkpoint())
-        remove_old(folder, trainer.config.keep)
 
 
 def _result(trainer: Trainer, folder: Path, lines: list[dict[str, Any]], seconds: float) -> TrainResult:

@@ -52,6 +52,7 @@ class StreamTrainer(Trainer):
         self.chunk_len = config.chunk_len or self.compute.longest_chunk(
             config.seq_len, "train", half_residual=config.half_residual,
             activation_checkpointing=config.activation_checkpointing, keep_attention=config.keep_attention,
+            shard_optimizer=config.shard_optimizer,
         )  # fmt: skip
         self.rows_bytes = carried_bytes(
             model.pattern, self.chunk_len, config.seq_len,
@@ -123,6 +124,7 @@ class StreamTrainer(Trainer):
                     if rank == 0:
                         append_record(self.folder / CHUNKS_NAME, line)
                 update(f"{'there' if there else 'and back'}, {tokens / seconds:,.0f} tokens/s")
+                self.between_chunks()
                 if sweep.done < sweep.total and self.stop.asked(comm):
                     with span("checkpoint", "step that is left"):
                         self._save(sweep, self.seconds_before + seconds, received_before + stream.bytes_received)

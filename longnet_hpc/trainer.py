@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ class Trainer:
         Whether `torch.compile` makes the code of the blocks, in the first step.
     seconds_before : float
         Seconds of earlier calls on the step under way, which they left.
+    resumed_at : int or None
+        Step of the checkpoint.
+    shards : int
+        Shards of the optimizer state, one a rank; 1 where every rank has all of it.
+    before_update : callable
+        Called in each step when its gradient is there and nothing has changed yet; may be collective.
+    between_chunks : callable
+        Called between the chunks of a stream; may be collective.
     """
 
     def __init__(
@@ -63,7 +72,10 @@ class Trainer:
         self.compute.check_vocabulary(corpus.vocab_size, f"; use --model.vocab-size {corpus.vocab_size}")
         reading = {key: getattr(config, key) for key in ("seq_len", "batch_size", "seed", "shuffle")}
         self.order = DataOrder.of(corpus, **reading)
-        self.compute.check_memory(16)  # float32 weights, gradient, and two moments
+        self.shards = launch.size if config.shard_optimizer else 1
+        self.before_update: Callable[[], object] = lambda: None
+        self.between_chunks: Callable[[], object] = lambda: None
+        self.compute.check_memory(8 + -(-8 // self.shards))  # float32 weights and gradient, and two moments
         torch.manual_seed(config.seed)
         self.model = LongNet(config.model).to(self.compute.device)
         self.model.activation_checkpointing = config.activation_checkpointing
@@ -72,14 +84,14 @@ class Trainer:
         self.compiled = self.compute.compiles
         if self.compiled:
             self.model.compile_blocks()
-        self.optimizer = Optimizer(self.model, config.optimizer)
-        self.steps_done = 0
+        self.optimizer = Optimizer(self.model, config.optimizer, launch.comm if self.shards > 1 else None)
+        self.resumed_at = None if checkpoint is None else checkpoint.step
+        self.steps_done = self.resumed_at or 0
         self.seconds_before = 0.0
         self._left_out = 0
         if checkpoint is not None:
             checkpoint.check_fits(config.model, self.order)
             self.optimizer.load_state(checkpoint.tensors, checkpoint.step)
-            self.steps_done = checkpoint.step
         self.corpus = corpus
         self.reader = SequenceReader(
             corpus,
@@ -125,7 +137,9 @@ class Trainer:
         """
         begin = time.perf_counter()
         loss, received = self.accumulate()
-        return self.update(loss, received, self.seconds_before + time.perf_counter() - begin)
+        seconds = self.seconds_before + time.perf_counter() - begin
+        self.before_update()
+        return self.update(loss, received, seconds)
 
     def accumulate(self) -> tuple[torch.Tensor, int]:
         """Add up the gradient of one step in the parameters, of the mean loss as far as it is this rank's. Collective.
@@ -174,7 +188,7 @@ class Trainer:
         begin = time.perf_counter()
         global_loss = float(all_reduce_sum(comm, loss)) / tokens
         own = self.optimizer.flat_gradient()
-        gradient = all_reduce_sum(comm, own)
+        gradient = self.optimizer.sum(comm, own)
         rate = learning_rate(self.steps_done, config.steps, config.optimizer)
         with span("compute", "update"):
             norm = self.optimizer.step(gradient, rate) if math.isfinite(global_loss) else math.nan
@@ -217,13 +231,19 @@ class Trainer:
         return {**config, **self.order.facts(), "steps done": self.steps_done, "last step": self.last_step}
 
     def checkpoint(self) -> Checkpoint:
-        """Return the state to go on from; the same on all ranks."""
+        """Return a copy, in host memory, of what this rank has to write of the state to go on from.
+
+        That is all on rank 0, since it is the same on all ranks; of moments in shards, what is this rank's.
+        """
+        tensors = self.optimizer.weights() if self.launch.rank == 0 else {}
+        if self.shards > 1 or self.launch.rank == 0:
+            tensors |= self.optimizer.moments()
         return Checkpoint(
             self.steps_done,
             self.reader.batch_index,
             self.order,
             to_table(self.config.model),
-            self.optimizer.state(),
+            {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()},
         )
 
     def check_same(self) -> None:

@@ -5,20 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from longnet_hpc import LongNet, LongNetConfig, checkpoint
+from longnet_hpc import LongNet, LongNetConfig
 from longnet_hpc.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
     Checkpoint,
     DataOrder,
+    clean_up,
+    commit_checkpoint,
+    discard_checkpoint,
     find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    load_latest,
     remove_old,
     save_checkpoint,
+    write_checkpoint,
 )
+from longnet_hpc.checkpoint_shards import Shard
 from longnet_hpc.config import OptimizerConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.errors import CheckpointError
@@ -58,6 +65,88 @@ def test_checkpoint_brings_back_weights_and_moments_so_that_the_next_step_is_the
         assert torch.equal(parameter, dict(other.named_parameters())[name]), name
 
 
+def save_in_shards(folder, optimizer, step=2, cuts=(100, 200), saves=("one save",) * 3, names=None):
+    """Write a checkpoint in three shards, each with its part of every moment, as three ranks would; not yet committed.
+
+    Real shards are parts of the vector of all parameters; how the parts of one parameter are cut makes no difference.
+    """
+    for index, save in enumerate(saves):
+        tensors = optimizer.weights() if index == 0 else {}
+        for name, moment in optimizer.moments().items():
+            parts = moment.reshape(-1).tensor_split(cuts)
+            if len(parts[index]) and (names is None or name in names):
+                tensors |= {name: parts[index]}
+        write_checkpoint(folder, Checkpoint(step, 7, ORDER, to_table(MODEL), tensors), Shard(index, len(saves), save))
+
+
+def test_checkpoint_in_shards_is_read_as_if_it_were_in_one_file(tmp_path):
+    _, optimizer = trained()
+    whole = load_checkpoint(saved(tmp_path / "whole", optimizer=optimizer))
+    save_in_shards(tmp_path, optimizer)
+    loaded = load_checkpoint(commit_checkpoint(tmp_path, 2))
+    assert (loaded.step, loaded.batch_index, loaded.order) == (2, 7, ORDER)
+    assert loaded.digest == whole.digest
+    weights = load_checkpoint(find_checkpoint(tmp_path), weights_only=True).tensors
+    assert weights.keys() == optimizer.weights().keys()
+    assert load_checkpoint(find_checkpoint(tmp_path / "whole"), weights_only=True).tensors.keys() == weights.keys()
+
+
+def test_checkpoint_in_shards_counts_only_when_the_last_of_its_files_is_there(tmp_path):
+    _, optimizer = trained()
+    saved(tmp_path, step=1, optimizer=optimizer)
+    save_in_shards(tmp_path, optimizer)
+    assert find_checkpoint(tmp_path).name == "step-00000001.safetensors"
+    clean_up(tmp_path)  # as a job does that goes on after this one was killed
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
+    save_in_shards(tmp_path, optimizer)
+    commit_checkpoint(tmp_path, 2)
+    clean_up(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1 + 1 + 3
+    assert load_latest(tmp_path, pytest.fail).step == 2
+    discard_checkpoint(tmp_path, 2)  # it counts, whatever became of another attempt at it
+    assert load_latest(tmp_path, pytest.fail).step == 2
+    saved(tmp_path, step=3, optimizer=optimizer)
+    remove_old(tmp_path, keep=1, step=3)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"saves": ("one save", "another", "one save")}, "shard-00002-of-00003.safetensors is of another one"),
+        ({"names": ("exp_avg.norm.nothing",)}, None),
+        ({"cuts": (3, 3, 5)}, "its shards do not fit together"),
+    ],
+)
+def test_shards_that_do_not_belong_together_are_refused(tmp_path, changes, said):
+    _, optimizer = trained()
+    save_in_shards(tmp_path, optimizer, **changes)
+    path = commit_checkpoint(tmp_path, 2)
+    if said is not None:
+        with pytest.raises(CheckpointError, match=said):
+            load_checkpoint(path)
+    else:  # moments are missing from all of them
+        with pytest.raises(CheckpointError, match=r"exp_avg.* is missing there"):
+            optimizer.load_state(load_checkpoint(path).tensors, 2)
+
+
+def test_checkpoint_in_one_file_is_still_of_the_version_that_earlier_programs_read(tmp_path):
+    with safe_open(saved(tmp_path), "pt") as file:
+        assert json.loads(file.metadata()["longnet_hpc"])["format_version"] == 3
+
+
+def test_old_checkpoints_go_even_where_a_later_one_is_damaged(tmp_path):
+    for step in (2, 4, 6):
+        saved(tmp_path, step)
+    find_checkpoint(tmp_path).write_bytes(b"damaged")
+    told = []
+    assert load_latest(tmp_path, told.append).step == 4
+    assert len(told) == 1
+    saved(tmp_path, 5)
+    remove_old(tmp_path, keep=1, step=5)
+    assert load_latest(tmp_path, told.append).step == 5
+
+
 def test_weights_alone_can_be_loaded(tmp_path):
     model, optimizer = trained()
     other = LongNet(MODEL)
@@ -71,10 +160,10 @@ def test_latest_checkpoint_is_found_by_its_step_and_old_ones_go(tmp_path):
     (tmp_path / "checkpoints" / "step-latest.safetensors").touch()
     assert find_checkpoint(tmp_path).name == "step-100000000.safetensors"
     assert find_checkpoint(tmp_path / "checkpoints" / "step-00000009.safetensors").name == "step-00000009.safetensors"
-    remove_old(tmp_path, keep=2)
+    remove_old(tmp_path, keep=2, step=200_000_000)
     left = {path.name for path in (tmp_path / "checkpoints").glob("step-?0*")}
     assert left == {"step-20000000.safetensors", "step-100000000.safetensors"}
-    remove_old(tmp_path, keep=1)
+    remove_old(tmp_path, keep=1, step=200_000_000)
     assert find_checkpoint(tmp_path).name == "step-100000000.safetensors"
 
 
@@ -187,7 +276,7 @@ def test_checkpoint_with_a_foreign_description_is_refused(tmp_path, text):
 def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path):
     path = saved(tmp_path)
     tensors = load_file(path)
-    with checkpoint.safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file:
         about = file.metadata()
     tensors.popitem()
     save_file(tensors, path, about)

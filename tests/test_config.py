@@ -67,7 +67,7 @@ def test_preset_takes_changes_and_knows_its_names():
         ({"segment_lengths": (0, 1, 2)}, "at least 1, got 0"),
         ({"dilation_rates": (1, 0, 2)}, "at least 1, got 0"),
         ({"dilation_rates": (1, 2)}, "pair up, got 3 and 2"),
-        ({"positions": "sinusoid"}, "rotary or xpos, got 'sinusoid'"),
+        ({"positions": "sinusoid"}, "rotary, xpos or none, got 'sinusoid'"),
     ],
 )
 def test_model_that_cannot_be_is_refused(changes, message):

@@ -9,10 +9,14 @@ from parallel_case import assert_all_close, cut, own_slice
 from streamed import STREAMED_CASES, streamed_attention
 from torch.nn import functional as F
 
-from longnet_hpc import dilated_attention
+from longnet_hpc import LongNetConfig, dilated_attention
 from longnet_hpc.comm import all_reduce_sum, transport
 from longnet_hpc.comm.buffers import start_alltoallv
+from longnet_hpc.comm.launch import start
+from longnet_hpc.config import TrainConfig
+from longnet_hpc.data import Corpus, prepare
 from longnet_hpc.gelu_norm import gelu_norm
+from longnet_hpc.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -102,6 +106,26 @@ def test_deterministic_algorithms_give_the_same_bits(backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_training_has_the_same_bits_twice(tmp_path, dtype):
+    (tmp_path / "text.txt").write_text("".join(f"def f{n}(x):\n    return x + {n}\n" for n in range(2000)))
+    model = LongNetConfig(layers=2, embed_dim=128, heads=2, segment_lengths=(512, 4096), dilation_rates=(1, 3))
+    config = TrainConfig(model=model, seq_len=4096, steps=4, dtype=dtype, deterministic=True)
+    results = []
+    try:
+        with Corpus(prepare([tmp_path / "text.txt"], tmp_path / "corpus.h5")) as corpus:
+            for _ in range(2):
+                trainer = Trainer(config, start(device="cuda"), corpus)
+                lines = [trainer.step() for _ in range(config.steps)]
+                trainer.close()
+                results.append(([line["loss"] for line in lines], trainer.optimizer.state()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (losses, state), (other_losses, other_state) = results
+    assert losses == other_losses
+    assert all(torch.equal(state[name], other_state[name]) for name in state)
+
+
 def test_forward_is_captured_in_a_graph():
     needs_hopper()
     x = torch.randn(3, 2, 1024, 4, 64, device="cuda", dtype=torch.bfloat16)
@@ -175,6 +199,15 @@ def test_ranks_on_gpus_equal_the_oracle(comm, dtype, way, monkeypatch):
         assert_all_close(comm, zip(actual, expected, strict=True), TOLERANCE[dtype])
     total = all_reduce_sum(comm, torch.full((3,), comm.rank + 1.0, device="cuda", dtype=dtype))
     assert_all_close(comm, [(total.cpu(), torch.full((3,), comm.size * (comm.size + 1) / 2).to(dtype))], 0.0)
+
+
+def test_a_rank_computes_beside_the_default_stream():
+    before = torch.cuda.current_stream()
+    try:
+        start(device="cuda")
+        assert torch.cuda.current_stream() != torch.cuda.default_stream()
+    finally:
+        torch.cuda.set_stream(before)
 
 
 @pytest.mark.mpi(min_size=2)

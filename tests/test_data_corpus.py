@@ -18,8 +18,7 @@ from data_files import (
     write_sources,
 )
 
-from longnet_hpc.data import Corpus, prepare
-from longnet_hpc.data import corpus as corpus_module
+from longnet_hpc.data import Corpus, prepare, token_files
 from longnet_hpc.data.failures import HDF5_ERRORS, corpus_errors
 from longnet_hpc.errors import CorpusError
 
@@ -111,7 +110,7 @@ def test_each_shard_is_a_corpus(sharded, content):
 
 
 def test_few_open_shards_give_the_same_tokens(sharded, content, monkeypatch):
-    monkeypatch.setattr(corpus_module, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(token_files, "MAX_OPEN_FILES", 1)
     with Corpus(sharded) as corpus:
         for start, stop in ((0, 2000), (500, 1500), (0, 10), (2000, 2010)):
             assert corpus.read(start, stop).tobytes() == content[start:stop]

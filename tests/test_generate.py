@@ -17,7 +17,7 @@ from test_bad_input import refused  # noqa: F401 - a fixture
 from test_model import MICRO, micro_model, tokens
 from test_stream import model_of
 
-from longnet_hpc import LongNet, LongNetConfig, carry
+from longnet_hpc import LongNet, LongNetConfig, carry, load_model
 from longnet_hpc import generate as generate_module
 from longnet_hpc.checkpoint import Checkpoint, DataOrder, save_checkpoint
 from longnet_hpc.config_file import to_table
@@ -299,6 +299,13 @@ def test_command_goes_on_with_a_prompt(run_folder, capsys):
     assert shown.out == f"{expected}\n"
     last = shown.err.splitlines()[-1]
     assert re.fullmatch(rf"{count} new tokens, [\d,]+\.\d tokens/s; prefill of 39 in \d+\.\d{{3}} s", last)
+
+
+def test_checkpoint_goes_on_in_python(run_folder):
+    text = "def größe(x):\n    return x + 1\n"
+    prompt = torch.tensor([list(text.encode())])
+    steps = generate(load_model(run_folder), prompt, prompt.shape[1])
+    assert bytes(int(tokens) for tokens in steps).decode() == text
 
 
 def test_prompt_may_come_from_a_file_or_from_standard_input(run_folder, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,7 @@
-"""Training on four ranks that are killed at random moments: each time all end, and what was trained is not lost."""
+"""Training on four ranks that are killed at random moments: each time all end, and what was trained is not lost.
+
+By turns their optimizer state is in shards and whole, so that each goes on from checkpoints of the other kind, too.
+"""
 
 import json
 import os
@@ -22,10 +25,11 @@ LINES_BETWEEN = 4
 """Most steps that a training does before it is killed."""
 
 
-def words(folder, corpus, *, resume):
+def words(folder, corpus, *, resume, sharded=False):
     start = ("--resume", folder) if resume else ("--folder", folder, "--corpus", corpus)
     steps = ("--seq-len", "1024", "--steps", str(10 + KILLS * LINES_BETWEEN), "--save-every", str(SAVE_EVERY))
-    return ("train", *start, *(() if resume else (*MODEL, *steps)))
+    shards = "--shard-optimizer" if sharded else "--no-shard-optimizer"
+    return ("train", *start, shards, *(() if resume else (*MODEL, *steps)))
 
 
 def steps_in(folder):
@@ -70,10 +74,10 @@ def kill_some(folder, chance):
             os.kill(rank, signal.SIGKILL)
 
 
-def launch_and_kill(folder, corpus, chance):
+def launch_and_kill(folder, corpus, chance, *, sharded):
     """Go on with a training, or begin it, and kill it at some moment; return its exit code."""
     done = len(steps_in(folder))
-    command = map(str, words(folder, corpus, resume=(folder / "config.toml").exists()))
+    command = map(str, words(folder, corpus, resume=(folder / "config.toml").exists(), sharded=sharded))
     launched = subprocess.Popen(
         [MPIRUN, "-n", str(RANKS), sys.executable, "-m", "longnet_hpc.run", *command],
         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -104,9 +108,9 @@ def test_training_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_pat
     done = run_command(*words(whole, corpus, resume=False), ranks=RANKS, timeout=120)
     assert done.returncode == 0, done.stderr
     repeated, codes = [], []
-    for _ in range(KILLS):
-        codes.append(launch_and_kill(folder, corpus, chance))
-        checkpoints = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    for kill in range(KILLS):
+        codes.append(launch_and_kill(folder, corpus, chance, sharded=kill % 2 == 0))
+        checkpoints = sorted((folder / "checkpoints").glob(f"step-{'?' * 8}.safetensors"))  # not their shards
         saved = int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
         repeated.append(len(steps_in(folder)) - saved)
         if folder.exists() and not (folder / "config.toml").exists():

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import environment
+from launching import environment, run_python
 
 from longnet_hpc.comm import transport
 from longnet_hpc.errors import LaunchError
@@ -127,3 +127,24 @@ def test_transport_can_be_forced_and_nonsense_is_refused(monkeypatch):
     assert transport.decide_transport(None, "staged") is transport.Transport.STAGED
     with pytest.raises(LaunchError, match="got 'magic'"):
         transport.decide_transport(None, "magic")
+
+
+@pytest.mark.parametrize("end", ["", "MPI.Finalize()"])
+def test_process_that_only_sends_does_not_end_before_others_have_its_rows(end, tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(f"""if True:
+        import sys, time, torch
+        from mpi4py import MPI
+        from longnet_hpc.comm.buffers import start_alltoallv
+        comm, rows = MPI.COMM_WORLD, 1 << 20
+        sends = comm.rank == 0
+        time.sleep(0 if sends else 2)
+        counts = [0, rows] if sends else [0, 0]
+        send = torch.ones(rows if sends else 0, 8)
+        received = start_alltoallv(comm, send, counts, [0, 0], [0 if sends else rows, 0]).finish()
+        print("received" if received.sum() == received.numel() else "WRONG", received.numel(), flush=True)
+        {end}
+    """)
+    done = run_python(script, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == sorted(["received", "0", "received", str(8 << 20)])

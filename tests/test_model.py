@@ -149,7 +149,7 @@ def test_target_outside_the_vocabulary_is_one_clear_error(target, name):
         ({"kv_heads": 3}, "kv_heads must divide heads, got 3"),
         ({"dropout": 1.0}, "below 1, got 1.0"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
-        ({"positions": "none"}, "got 'none'"),
+        ({"positions": "absolute"}, "got 'absolute'"),
     ],
 )
 def test_bad_configuration_is_one_clear_error(change, words):

@@ -275,8 +275,6 @@ def test_wait_for_a_late_rank_is_told_apart_from_rows_on_their_way(comm):
     for results in (first, last):
         assert 0 < results["exchange_driven_seconds"] < 0.05
         assert 0 <= results["exchange_under_way_seconds"] < 0.05
-        alone = results["exchange_alone_seconds"]
-        assert results["hidden_fraction"] <= 1 - results["exchange_under_way_seconds"] / alone
     assert plan.observer is None
 
 

@@ -10,6 +10,8 @@ from longnet_hpc import comm as communication
 from longnet_hpc.comm import RowGather, buffers, collectives
 from longnet_hpc.comm.transport import decide_transport
 from longnet_hpc.errors import CorpusError, LaunchError, ShapeError
+from longnet_hpc.pattern import Pattern
+from longnet_hpc.stream import SequenceStream
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -63,15 +65,18 @@ def test_row_gather_adjoint_satisfies_the_inner_product_identity(comm):
     row_gather(comm, check)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 @pytest.mark.parametrize("shape", [(), (1,), (7, 5), (1000, 3), (0,)])
 def test_sum_over_ranks_is_wide_in_rank_order_and_alike_everywhere(comm, dtype, shape):
     mine = normal(*shape, seed=comm.rank).to(dtype)
     expected = torch.zeros(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for rank in range(comm.size):
-        expected = expected + normal(*shape, seed=rank).to(dtype)
+        expected = expected + normal(*shape, seed=rank).to(dtype).to(expected.dtype)
     total = communication.all_reduce_sum(comm, mine)
-    assert_all_close(comm, [(total, expected.to(dtype))], 0.0)
+    assert total.dtype == dtype
+    assert_all_close(comm, [(total.to(expected.dtype), expected.to(dtype).to(expected.dtype))], 0.0)
     assert torch.equal(mine, normal(*shape, seed=comm.rank).to(dtype))
 
 
@@ -116,7 +121,7 @@ def test_transposed_buffers_are_refused_before_mpi_sees_them(comm):
 
 def test_buffers_of_an_exchange_that_nobody_finishes_stay(comm):
     counts, starts = [1000] * comm.size, [0] * comm.size
-    buffers.Pending.finish_left()
+    buffers.Pending.complete_all()
     pending = buffers.start_alltoallv(comm, torch.zeros(1000, 4), counts, starts, counts)
     assert pending in buffers.Pending._in_flight
     comm.Barrier()
@@ -143,7 +148,7 @@ def test_rank_that_gets_nothing_goes_on_before_others_have_taken_its_rows(comm):
             comm.Send(bytes(1), other, tag=number)
         assert sends or (received == number).all()
     assert len(buffers.Pending._left) <= buffers.MAX_LEFT
-    buffers.Pending.finish_left()
+    buffers.Pending.complete_all()
     assert not buffers.Pending._left
     assert not buffers.Pending._in_flight
     own_comm.Free()
@@ -221,6 +226,25 @@ def test_waiting_counts_from_when_the_device_has_nothing_to_do(comm, monkeypatch
         pending.finish()
         assert 0.02 < pending.seconds_waited < 0.35
     comm.Barrier()
+
+
+def test_rows_that_a_stream_keeps_wait_for_their_kernels_beside_other_collectives(comm, monkeypatch):
+    """On the first rank they are not ready when all ranks meet in a collective of the same communicator."""
+    stream = SequenceStream(Pattern.from_lists([16 * comm.size], [2]), 16 * comm.size, layers=1, comm=comm)
+    (carry,) = stream.carries
+    kernels = Kernels(done=comm.rank > 0)
+    x = torch.arange(4.0).view(1, 4, 1, 1) + 4 * comm.rank
+    with stream.next_chunk(4) as plan:
+        crossing = plan.crossing(1, 1)
+        monkeypatch.setattr(buffers, "_reached", lambda device: kernels)
+        carry.keep(x, -x, crossing, 1)
+        ranks = torch.empty(comm.size, dtype=torch.int64).numpy()
+        comm.Iallgather(torch.tensor([comm.rank]).numpy(), ranks).Wait()
+        assert ranks.tolist() == list(range(comm.size))
+        kernels.done = True
+        carry.settle()
+    kept = carry.rows[0][:, 0, 0, 0, 0]
+    assert kept[: 2 * comm.size].tolist() == [2.0 * row for row in range(2 * comm.size)]
 
 
 def test_fact_that_differs_is_named_on_all_ranks(comm):

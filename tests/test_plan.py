@@ -131,6 +131,16 @@ def test_stream_of_no_given_chunk_has_the_host_memory_of_the_chunk_chosen():
     assert chosen.memory.host > 0
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_optimizer_in_shards_takes_its_part_of_the_memory_and_no_time(ranks):
+    config = PlanConfig(model=MODEL, seq_len=64)
+    whole, parts = (forecast(replace(config, shard_optimizer=sharded), MACHINE, ranks) for sharded in (False, True))
+    assert whole.memory.optimizer == 8 * MODEL.parameter_count
+    assert parts.memory.optimizer == 8 * MODEL.parameter_count // ranks
+    assert replace(parts.memory, optimizer=0, buffers=0) == replace(whole.memory, optimizer=0, buffers=0)
+    assert (parts.seconds, parts.gradient_bytes) == (whole.seconds, whole.gradient_bytes)
+
+
 def test_slowest_rank_decides_where_work_is_uneven():
     model = replace(MODEL, segment_lengths=(64,))
     no_links = replace(MACHINE, within=Link(0.0, 1e30), step_seconds=0.0, parameter_seconds=0.0)
@@ -246,7 +256,9 @@ def test_table_says_what_to_change_and_records_say_the_same(tmp_path, capsys):
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^ +16 +2 .* NO .*s +\d", shown, re.MULTILINE)
-    found = re.search(r"^  (--half-residual --activation-checkpointing): (\d+\.\d) GB a rank", shown, re.MULTILINE)
+    found = re.search(
+        r"^  (--half-residual --shard-optimizer --activation-checkpointing): (\d+\.\d) GB a rank", shown, re.MULTILINE
+    )
     assert found
     assert main([*words, *found[1].split(), "--output", str(tmp_path / "plan.jsonl")]) == 0
     sixteen, sixty_four = read_records(tmp_path / "plan.jsonl")
@@ -323,11 +335,10 @@ def test_nonsense_is_one_clear_line(capsys, options, words):
 
 
 def test_run_that_fits_nowhere_is_told_so(capsys):
-    words = ["--preset", "2.7b", "--machine", "mi250x", "--ranks", "64", "--seq-len", "1000000000"]
-    assert main(["plan", *words, "--geometric", "2048", "4"]) == 0
-    assert re.search(
-        "of which weights, gradients and optimizer, whole on every rank, are 45.3 GB", capsys.readouterr().out
-    )
+    model, machine = ["--preset", "2.7b", "--model.layers", "96"], ["--machine", "mi250x", "--ranks", "64"]
+    assert main(["plan", *model, *machine, "--seq-len", "10000000", "--geometric", "2048", "4"]) == 0
+    said = "of which weights, gradients and optimizer are 76.5 GB, the former two whole on every rank"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -375,7 +386,7 @@ def test_residual_stream_that_has_no_half_is_not_halved(tmp_path, capsys):
     path.write_text(h100_text('device = "cuda"', 'device = "cpu"'))
     assert main(["plan", "--preset", "125m", "--machine", str(path), "--seq-len", "16777216", "--ranks", "16"]) == 0
     shown = capsys.readouterr().out
-    assert "  --activation-checkpointing" in shown
+    assert "  --shard-optimizer --activation-checkpointing" in shown
     assert "--half-residual" not in shown
 
 

@@ -40,7 +40,7 @@ def test_rotary_is_exact_at_any_position(start, base, dtype):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(list(POSITIONS)),
+    name=st.sampled_from(("rotary", "xpos")),
     start=st.integers(0, 3 * 10**5),
     local_len=st.sampled_from((0, 1)) | st.integers(2, 2000),
     head_dim=st.integers(1, 20).map(lambda pairs: 2 * pairs),
@@ -83,7 +83,7 @@ def test_positions_are_right_at_the_end_of_a_billion_tokens():
     assert (near - far).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", list(POSITIONS))
+@pytest.mark.parametrize("name", ["rotary", "xpos"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_result_is_the_rotated_pairs_rounded_once(name, dtype):
     q, k = torch.randn(2, 2, 6, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)

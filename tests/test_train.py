@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import os
 import re
 import signal
 from functools import partialmethod
@@ -365,3 +366,20 @@ def test_run_without_a_whole_checkpoint_says_what_is_wrong_with_the_latest(corpu
         path.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="cannot read checkpoint .*step-00000004"):
         train(config(resume=folder, steps=4, save_every=2), launch, corpus_path)
+
+
+def test_deterministic_training_asks_torch_for_deterministic_algorithms(corpus_path):
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    before = os.environ.pop(variable, None)
+    try:
+        losses(corpus_path, 1)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert variable not in os.environ
+        losses(corpus_path, 1, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ[variable] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before

@@ -1,8 +1,10 @@
 """Ranks that stop, hang or die: the job ends soon, and says which it was."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +14,11 @@ import pytest
 from launching import MODEL, MPIRUN, environment
 
 from longnet_hpc.comm.process import Process
+from longnet_hpc.comm.watchdog import _Watchdog, beat_interval
 from longnet_hpc.config import TrainConfig
 from longnet_hpc.data import prepare
 from longnet_hpc.errors import ConfigError
-from longnet_hpc.life import Life
+from longnet_hpc.life import Life, life
 
 pytestmark = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun")
 
@@ -32,6 +35,7 @@ from longnet_hpc.comm.watchdog import watched
 
 launch = start(device="cpu")
 rank, comm = launch.rank, launch.comm
+apart = comm.Dup()
 Path(f"pid-{{rank}}").write_text(str(os.getpid()))
 
 def mischief():
@@ -123,6 +127,17 @@ def test_rank_that_hangs_is_named_and_shows_its_stack(run, culprit):
     assert not re.search(f"rank [^{culprit}] of 4", done.error)
     stack = done.error.partition(f"rank {culprit} is at\nMainThread:\n")[2]
     assert "in mischief" in stack, done.error
+
+
+def test_exchanges_that_a_stuck_rank_has_under_way_are_named(run):
+    counts = "[1] * comm.size, [0] * comm.size, [1] * comm.size"
+    begin = f"pending = start_alltoallv(apart, torch.ones(1, 1), {counts}, what='keys and values')"
+    start = f"from longnet_hpc.comm.buffers import start_alltoallv; {begin}; "
+    done = run("-c", script(start + "\n    while True: time.sleep(0.05)", 1), ranks=3)
+    assert done.code == 1
+    named = r"last seen: step 5, computing in mischief \(<string>:\d+\), exchange of keys and values under way"
+    assert re.search(f"rank 1 of 3 .*{named}", done.error), done.error
+    assert "waiting in exchange of parts of a sum" in done.error
 
 
 def test_rank_that_is_killed_ends_the_job(run):
@@ -236,3 +251,45 @@ def test_signs_of_life_cost_next_to_nothing():
     waits = time.perf_counter() - begin
     assert bumps < 0.05
     assert waits < 0.05
+
+
+def seconds_of_a_beat(size, beats=6):
+    """Return the CPU time that rank 0's watchdog takes from one beat to the next, hearing and answering all ranks."""
+    interval = 0.25
+    with socket.socket(type=socket.SOCK_DGRAM) as udp, socket.socket(type=socket.SOCK_DGRAM) as others:
+        for its in (udp, others):
+            its.bind(("127.0.0.1", 0))
+        sign = (True, 0.5, "train, step 1,000, waiting in exchange of gradients of keys and values", None)
+        answers = [(Process.of(os.getpid()), udp.getsockname()[1], b"of a job")] * size
+        watchdog = _Watchdog(0, 4 * interval, udp, answers)
+        clock = time.pthread_getcpuclockid(watchdog._thread.ident)
+        begin, first = time.clock_gettime(clock), watchdog._beats
+        while watchdog._beats < first + beats:
+            for rank in range(1, size):
+                others.sendto(b"of a job" + json.dumps((rank, *sign)).encode(), udp.getsockname())
+                if rank % 16 == 0:
+                    time.sleep(0.001)
+            life.progress += 1
+            time.sleep(interval)
+        seconds = (time.clock_gettime(clock) - begin) / (watchdog._beats - first)
+        assert len(watchdog._heard) == size
+        watchdog.stop()
+    return seconds
+
+
+@pytest.mark.parametrize("size", [2, 16, 64, 512])
+def test_heartbeats_take_less_than_a_thousandth_of_the_time(size):
+    limit = TrainConfig().watchdog_seconds
+    shares = []
+    for _ in range(3):  # whoever shares the core makes it slower, never faster
+        shares.append(seconds_of_a_beat(size) / beat_interval(limit, size))
+        if shares[-1] < 0.001:
+            return
+    pytest.fail(f"the watchdog takes {min(shares):.2%} of the time of rank 0")
+
+
+def test_beats_come_often_enough_to_be_missed():
+    for limit in (3.0, 600.0):
+        for size in (2, 64, 4096, 100_000):
+            assert beat_interval(limit, size) <= limit / 4
+    assert beat_interval(600.0, 2) == 1.0

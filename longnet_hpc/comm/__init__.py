@@ -14,7 +14,7 @@ from longnet_hpc.comm.agreement import (
     node_rank_and_size,
     rank_and_size,
 )
-from longnet_hpc.comm.collectives import RowGather, all_reduce_sum
+from longnet_hpc.comm.collectives import RowGather, all_reduce_sum, gather_parts, reduce_scatter_sum
 from longnet_hpc.comm.groups import Groups, groups_of
 
 __all__ = [
@@ -28,7 +28,9 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "collect_objects",
+    "gather_parts",
     "groups_of",
     "node_rank_and_size",
     "rank_and_size",
+    "reduce_scatter_sum",
 ]

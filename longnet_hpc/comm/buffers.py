@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import atexit
 import math
+import sys
 import time
 from collections import deque
 from contextlib import nullcontext
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,10 +35,8 @@ __all__ = ["MAX_COUNT", "Pending", "start_alltoallv"]
 
 MAX_COUNT = 2**31 - 1
 """Largest count or displacement that every MPI takes, in rows."""
-MAX_LEFT = 16
-"""Exchanges that a rank which gets nothing from them goes on without, at most."""
-_SECONDS_AT_EXIT = 5.0
-"""How long the end of a process waits for ranks that are still to take what was sent to them, in seconds."""
+MAX_LEFT, MAX_LEFT_BYTES = 16, 1 << 28
+"""How many exchanges, and of how many bytes, a rank goes on without that gets nothing from them; one in any case."""
 
 
 class Pending:
@@ -123,7 +123,7 @@ class Pending:
             self._wait(idle)
         else:
             self._left.append(self)
-            if len(self._left) > MAX_LEFT:
+            while len(self._left) > MAX_LEFT or (len(self._left) > 1 and self._bytes_left() > MAX_LEFT_BYTES):
                 self._left.popleft()._wait(idle)
         self.finished = time.perf_counter()
         self.idle_since = idle.since
@@ -153,11 +153,20 @@ class Pending:
         return [its._what for its in list(cls._in_flight)]
 
     @classmethod
-    def finish_left(cls) -> None:
-        """Wait, but not for long, until other ranks have taken what they were sent."""
-        deadline = time.monotonic() + _SECONDS_AT_EXIT
-        while cls._left and time.monotonic() < deadline:
-            cls.start_ready()
+    def complete_all(cls) -> None:
+        """Start and complete all exchanges of this process: MPI must not end, nor their buffers go, before that."""
+        cls.start_all()
+        cls._left.clear()
+        with life.waiting_for("ranks that are still to take what was sent to them"):
+            for its in list(cls._in_flight):
+                assert its._request is not None
+                its._request.Wait()
+                its._release()
+
+    @classmethod
+    def _bytes_left(cls) -> int:
+        buffers = (its._sendbuf for its in cls._left)
+        return sum(0 if buffer is None else buffer.nbytes for buffer in buffers)
 
     def _request_is_complete(self) -> bool:
         if self._request is not None and not self._complete:  # the call, out of cache after a kernel, takes 10 us
@@ -197,8 +206,22 @@ class Pending:
         self.seconds_tested += time.perf_counter() - self.started
 
 
-# MPI is ended after this.
-atexit.register(Pending.finish_left)
+@atexit.register
+def _complete_at_exit() -> None:
+    # After an error, others may never come to take anything; and who ended MPI has completed everything.
+    if Pending.in_flight() and getattr(sys, "last_value", None) is None:
+        Pending.complete_all()
+
+
+@cache
+def _complete_before_mpi_ends() -> None:
+    """Let `MPI.Finalize`, too, complete what is left: first of all it deletes the attributes of this communicator."""
+    from mpi4py import MPI
+
+    def delete(comm: Any, keyval: int, value: Any) -> None:
+        Pending.complete_all()
+
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=delete), True)
 
 
 def _reached(device: torch.device) -> torch.cuda.Event | None:
@@ -282,6 +305,7 @@ def start_alltoallv(
     """
     from mpi4py import MPI
 
+    _complete_before_mpi_ends()
     send = send.detach()
     if send.dim() != 2 or not send.is_contiguous():
         raise ShapeError(f"an exchange needs contiguous (rows, width), got {tuple(send.shape)} strides {send.stride()}")

@@ -37,6 +37,7 @@ class Groups:
         self._comm = comm
         self._known: set[tuple[int, ...]] = set()
         self._mine: dict[tuple[int, ...], MPI.Comm] = {}
+        self._everyone: MPI.Comm | None = None
 
     def ensure(self, groups: Iterable[tuple[int, ...]]) -> None:
         """Create the communicators that are missing. Collective; ``groups`` must be the same on all ranks."""
@@ -63,8 +64,18 @@ class Groups:
         """Return the communicator of a group that this rank is in."""
         return self._mine[ranks]
 
+    def everyone(self) -> MPI.Comm:
+        """Return a communicator of all ranks, for exchanges alone. Collective when called for the first time."""
+        if self._everyone is None:
+            with life.waiting_for("groups of ranks"):
+                self._everyone = self._comm.Dup()
+        return self._everyone
+
     def free(self) -> None:
         """Free every communicator. Collective; harmless when called twice."""
+        if self._everyone is not None:
+            self._everyone.Free()
+            self._everyone = None
         self.plans.clear()
         self.retired.clear()
         self.keep_only(())

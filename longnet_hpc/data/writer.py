@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from longnet_hpc.data.corpus import FORMAT, FORMAT_VERSION
+from longnet_hpc.data.hdf5_file import FORMAT, FORMAT_VERSION
 from longnet_hpc.data.tokenizer import Tokenizer
 
 __all__ = ["Shard", "ShardWriter", "join_shards"]

@@ -61,6 +61,8 @@ class PlanConfig(_StepConfig):
     """Walk through every sequence chunk by chunk."""
     chunk_len: int | None = None
     """Length of a chunk of a stream over all ranks, in tokens. None means as long as memory allows."""
+    shard_optimizer: bool = False
+    """Keep the optimizer state in shards, one a rank."""
     steps: int = 1000
     """Length of the run, in steps; decides the node hours."""
     output: Path | None = None

@@ -14,8 +14,9 @@ SHORTEST_CHUNK, _LONGEST_CHUNK = 1 << 15, 1 << 22
 _CHUNK_SHARE = 0.85
 """Of the memory of a rank that its part of a chunk may take with all else, where nobody chooses."""
 
-_UPDATE_BYTES = 8
-"""Per parameter, while weights are updated: the flat gradient of this rank, and the sum over ranks."""
+_FLAT_BYTES = 4
+"""Per parameter, while weights are updated: of the flat gradient of this rank, and as many of the sum over ranks, or of
+this rank's shard of it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Memory:
     weights: int
     """float32 weights, and their copies in half precision."""
     optimizer: int
-    """Two moments."""
+    """Two moments, or this rank's shard of them."""
     gradients: int
     """Gradients of the weights."""
     activations: int
@@ -73,7 +74,7 @@ _EAGER_SINGLE = _PerFeature(block=36.9, inner=12.0, wide_residual=0.0, backward=
 
 
 def memory_of_rank(
-    config: PlanConfig, tokens: int, received: int, at_once: int, *, itemsize: int, process_bytes: int
+    config: PlanConfig, tokens: int, received: int, at_once: int, *, ranks: int, itemsize: int, process_bytes: int
 ) -> Memory:
     """Return what a rank needs.
 
@@ -87,6 +88,8 @@ def memory_of_rank(
         Rows that it receives from other ranks, a layer and sequence; see `work.AttentionWork`.
     at_once : int
         Tokens that all ranks compute at once, of one sequence: all of it, or those of a chunk.
+    ranks : int
+        Number of ranks, which may share the optimizer state.
     itemsize : int
         Bytes of a number of matrix products.
     process_bytes : int
@@ -110,12 +113,13 @@ def memory_of_rank(
                 layers=model.layers, batch=1, heads=model.heads, head_dim=model.head_dim, itemsize=itemsize,
             )  # fmt: skip
     buffers = 2 * received * row_bytes
+    shards = ranks if config.shard_optimizer else 1
     if training:
-        buffers += max(0, _UPDATE_BYTES * parameters - activations)
+        buffers += max(0, _FLAT_BYTES * parameters + _FLAT_BYTES * parameters // shards - activations)
     return Memory(
         process=process_bytes,
         weights=(4 + (itemsize if itemsize < 4 else 0)) * parameters,
-        optimizer=8 * parameters if training else 0,
+        optimizer=8 * parameters // shards if training else 0,
         gradients=4 * parameters if training else 0,
         activations=activations,
         rows=rows,
@@ -157,7 +161,9 @@ def chunk_that_fits(
     """
     chunk = SHORTEST_CHUNK
     while chunk < _LONGEST_CHUNK:
-        its = memory_of_rank(config, 2 * chunk, 0, 2 * chunk * ranks, itemsize=itemsize, process_bytes=process_bytes)
+        its = memory_of_rank(
+            *(config, 2 * chunk, 0, 2 * chunk * ranks), ranks=ranks, itemsize=itemsize, process_bytes=process_bytes
+        )
         if its.total >= _CHUNK_SHARE * memory_bytes:
             break
         chunk *= 2

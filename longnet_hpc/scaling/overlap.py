@@ -13,7 +13,7 @@ from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.partition import Partition
 from longnet_hpc.scaling.rounds import Rounds
-from longnet_hpc.scaling.waits import Flight, FlightLog, waits_of
+from longnet_hpc.scaling.waits import Flight, FlightLog, Wait, hidden_fraction, on_first_clock, waits_of
 from longnet_hpc.scaling.work import attention_work
 from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.trace_file import meet
@@ -48,7 +48,7 @@ def needed_bytes(
 
 
 class Overlap:
-    """Rounds of a point whose attention exchanges rows, and what these exchanges take alone.
+    """Rounds of a point whose attention exchanges rows, and what these exchanges take alone. Making it is collective.
 
     Parameters
     ----------
@@ -63,6 +63,7 @@ class Overlap:
         self._counted: list[tuple[float, float, int]] = []
         self._flights: list[list[Flight]] = []
         self._log = FlightLog(plan.rank)
+        self._began = meet(rounds.launch)
 
     def take(self, work: Callable[[], object], *, timed: bool) -> None:
         """Do a round. Collective over the ranks of the point."""
@@ -108,30 +109,27 @@ class Overlap:
         least = needed_bytes(model, plan.partition, plan.rank, row_bytes, layers=layers, training=training)
         driven, waited, received = (statistics.median(column) for column in zip(*self._counted, strict=True))
         alone = layers * self._alone(launch, model.heads, x, training=training)
-        own_clock, first_clock = meet(launch)
-        answers = allgather_objects(
-            launch.comm, (received, least, alone, driven, waited, (own_clock - first_clock) / 1e9, self._flights)
-        )
+        ended = meet(launch)
+        flights = [on_first_clock(its, self._began, ended) for its in self._flights]
+        answers = allgather_objects(launch.comm, (received, least, alone, driven, waited, flights))
         received, least, alone, *_ = (max(column) for column in zip(*(its[:3] for its in answers), strict=True))
         results = {"bytes_received": int(received), "bytes_received_minimum": least}
         if not received:
             return results
-        ahead = [its[5] for its in answers]
-        rounds = [waits_of(flights, ahead) for flights in zip(*(its[6] for its in answers), strict=True)]
-        late, under_way = (
-            [statistics.median(getattr(waits[rank], name) for waits in rounds) for rank in range(len(answers))]
-            for name in ("late", "under_way")
-        )
+        rounds = [waits_of(of_round) for of_round in zip(*(its[5] for its in answers), strict=True)]
+        waits = [
+            Wait(statistics.median(its.late for its in of_rank), statistics.median(its.under_way for its in of_rank))
+            for of_rank in zip(*rounds, strict=True)
+        ]
         driven = [its[3] for its in answers]
-        spent = under_way if x.is_cuda else [sum(both) for both in zip(under_way, driven, strict=True)]
         return {
             **results,
             "exchange_alone_seconds": alone,
             "exchange_driven_seconds": driven[slowest_rank],
             "exchange_waited_seconds": answers[slowest_rank][4],
-            "exchange_late_seconds": late[slowest_rank],
-            "exchange_under_way_seconds": max(under_way),
-            "hidden_fraction": 1 - max(spent) / alone,
+            "exchange_late_seconds": waits[slowest_rank].late,
+            "exchange_under_way_seconds": max(its.under_way for its in waits),
+            "hidden_fraction": hidden_fraction(waits, driven, alone, on_gpu=x.is_cuda),
         }
 
     @torch.no_grad()

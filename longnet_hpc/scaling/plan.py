@@ -149,7 +149,7 @@ def suggestions(config: PlanConfig, machine: Machine, ranks: int) -> list[str]:
         whole = memory.weights + memory.optimizer + memory.gradients
         found.append(
             f"nothing of this kind: still {bytes_in_words(memory.total)} of {bytes_in_words(one.capacity_bytes)}, of "
-            f"which weights, gradients and optimizer, whole on every rank, are {bytes_in_words(whole)}"
+            f"which weights, gradients and optimizer are {bytes_in_words(whole)}, the former two whole on every rank"
         )
     return found
 
@@ -165,6 +165,9 @@ def _changes(config: PlanConfig, ranks: int, *, on_gpu: bool) -> Iterator[tuple[
         config, words = replace(config, half_residual=True), " --half-residual"
         yield words[1:], config
     if config.task == "train":
+        if not config.shard_optimizer and ranks > 1:
+            config, words = replace(config, shard_optimizer=True), words + " --shard-optimizer"
+            yield words.strip(), config
         if not config.activation_checkpointing:
             config, words = replace(config, activation_checkpointing=True), words + " --activation-checkpointing"
             yield words[1:], config

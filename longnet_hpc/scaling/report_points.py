@@ -26,6 +26,7 @@ _ALSO_OF_A_CASE = {
     "activation_checkpointing": False,
     "keep_attention": True,
     "half_residual": False,
+    "deterministic": False,
     "stream": False,
     "chunk_len": None,
     "geometric": None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from longnet_hpc.pattern import Branch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from longnet_hpc.comm.buffers import Pending
     from longnet_hpc.exchange import SpanExchange
 
-__all__ = ["Flight", "FlightLog", "Wait", "waits_of"]
+__all__ = ["Flight", "FlightLog", "Wait", "hidden_fraction", "on_first_clock", "waits_of"]
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,55 @@ class FlightLog:
             self.flights.append(Flight(key, sources, flight.started, flight.idle_since, flight.finished))
 
 
-def waits_of(flights: Sequence[Iterable[Flight]], ahead: Sequence[float]) -> list[Wait]:
-    """Return what each rank waited for.
+def on_first_clock(flights: Iterable[Flight], began: tuple[int, int], ended: tuple[int, int]) -> list[Flight]:
+    """Return flights in times of the clock of the first rank.
 
     Parameters
     ----------
-    flights : sequence of iterable of Flight
-        Rank by rank, with times of that rank's clock.
-    ahead : sequence of float
-        By how much the clock of each rank is ahead of one that they share, in seconds.
+    flights : iterable of Flight
+        In times of this rank's clock.
+    began, ended : tuple of int
+        This rank's clock and that of the first rank, in nanoseconds, when they met before and after all flights, as
+        `longnet_hpc.trace_file.meet` tells. Clocks of different nodes run apart, so what lies between is stretched.
     """
-    started = {(flight.key, rank): flight.started - ahead[rank] for rank, its in enumerate(flights) for flight in its}
+    rate = (ended[1] - began[1]) / max(1, ended[0] - began[0])
+
+    def shared(seconds: float) -> float:
+        return (began[1] + (seconds * 1e9 - began[0]) * rate) / 1e9
+
+    return [
+        replace(its, started=shared(its.started), idle_since=shared(its.idle_since), finished=shared(its.finished))
+        for its in flights
+    ]
+
+
+def hidden_fraction(waits: Sequence[Wait], driven: Sequence[float], alone: float, *, on_gpu: bool) -> float:
+    """Return what computing spared of the time that exchanges take alone, on the rank that it spared least.
+
+    Parameters
+    ----------
+    waits : sequence of Wait
+        Of each rank.
+    driven : sequence of float
+        Time that each rank spent in MPI between kernels, in seconds. It counts where MPI copies on the core that
+        computes; a GPU goes on computing.
+    alone : float
+        Time that the exchanges take with nothing to compute, in seconds.
+    on_gpu : bool
+        Whether a GPU computes.
+    """
+    spent = (its.under_way + (0.0 if on_gpu else time) for its, time in zip(waits, driven, strict=True))
+    return 1 - max(spent) / alone
+
+
+def waits_of(flights: Sequence[Iterable[Flight]]) -> list[Wait]:
+    """Return what each rank waited for, from the flights of each in times of one clock."""
+    started = {(flight.key, rank): flight.started for rank, its in enumerate(flights) for flight in its}
     waits = []
-    for rank, its in enumerate(flights):
+    for its in flights:
         late = under_way = 0.0
         for flight in its:
-            idle_since, finished = flight.idle_since - ahead[rank], flight.finished - ahead[rank]
+            idle_since, finished = flight.idle_since, flight.finished
             if idle_since >= finished:  # infinity, if the device had something to do all along
                 continue
             there = max((started[flight.key, source] for source in flight.sources), default=-math.inf)
