@@ -26,6 +26,8 @@ from longnet_hpc.checkpoint import (
 from longnet_hpc.checkpoint_shards import Shard
 from longnet_hpc.comm import agreed, allgather_objects, broadcast_object
 from longnet_hpc.comm.launch import Launch
+from longnet_hpc.comm.meeting import Meeting
+from longnet_hpc.errors import LongNetError
 from longnet_hpc.trace import span
 from longnet_hpc.trainer import Trainer
 
@@ -34,6 +36,8 @@ __all__ = ["CheckpointWriter"]
 
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; its end waits for the last one. All methods are collective.
+
+    So does an end by an error that all ranks have: what was begun then still counts.
 
     Parameters
     ----------
@@ -50,6 +54,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, launch: Launch, keep: int, saved: int | None) -> None:
         self._folder, self._comm, self._rank, self._keep = folder, launch.comm, launch.rank, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint writer")
+        self._meeting = Meeting(launch.comm)
         self._tasks: list[Future[object]] = []
         self._saved = saved
         self._step: int | None = None
@@ -118,11 +123,22 @@ class CheckpointWriter:
                 self.settle()
                 with agreed(self._comm):
                     self._wait()
+                self._meeting.close()
+            elif self._step is not None and isinstance(error, LongNetError | OSError) and self._meeting.all_arrive():
+                self._settle_after_error()
         finally:
             self._thread.shutdown()
             for task in self._tasks:  # of a job that ends with an error of another kind
                 if task.exception() is not None:
                     logging.getLogger("longnet_hpc").warning("warning: %s", task.exception())
+
+    def _settle_after_error(self) -> None:
+        """Do as `settle`, but only warn of what goes wrong: the error before is the one to tell."""
+        try:
+            self.settle()
+        except OSError as error:
+            if self._rank == 0:
+                logging.getLogger("longnet_hpc").warning("warning: %s", error)
 
     def _do(self, work: Callable[..., object], *words: object) -> None:
         """Do something in the thread, after what it was given before."""
