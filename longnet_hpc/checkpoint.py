@@ -19,7 +19,15 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
-from longnet_hpc.checkpoint_shards import SHARDED_VERSION, WEIGHT, Shard, read_shards, shards_of, write_shard
+from longnet_hpc.checkpoint_shards import (
+    SHARD_FORMAT,
+    SHARDED_VERSION,
+    WEIGHT,
+    Shard,
+    read_shards,
+    shards_of,
+    write_shard,
+)
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
@@ -251,6 +259,9 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """
 
     def check(about: object) -> None:
+        if isinstance(about, dict) and about.get("format") == SHARD_FORMAT:
+            whole = path.name.partition(".")[0] + path.suffix
+            raise CheckpointError(f"{path} is a shard of a checkpoint; give {whole}")
         of_one, of_shards = (FORMAT, FORMAT_VERSION), (FORMAT, SHARDED_VERSION)
         if not isinstance(about, dict) or (about.get("format"), about.get("format_version")) not in (of_one, of_shards):
             raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION} or {SHARDED_VERSION}")
@@ -300,13 +311,19 @@ def remove_old(folder: Path, keep: int, step: int) -> None:
     Raises
     ------
     OSError
-        If one cannot be removed.
+        If one cannot be removed: what is wrong with the first of them. The others are gone.
     """
-    with naming_errors(f"cannot remove old checkpoints of {folder}"):
-        for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
-            path.unlink()  # first: shards without it count for nothing
-            for part in shards_of(path):
-                part.unlink()
+    failure: OSError | None = None
+    for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
+        try:
+            with naming_errors(f"cannot remove old checkpoint {path}"):
+                path.unlink(missing_ok=True)  # first: shards without it count for nothing
+                for part in shards_of(path):
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def clean_up(folder: Path) -> None:

@@ -60,6 +60,7 @@ class CheckpointWriter:
         self._step: int | None = None
         """Of the checkpoint that is being written."""
         self._in_shards = False
+        self._has_warned = False
 
     def begin(self, trainer: Trainer) -> None:
         """Copy the state of a trainer, and begin to write it when the checkpoint before is on the disk.
@@ -107,7 +108,7 @@ class CheckpointWriter:
             raise
         self._saved = step
         if self._rank == 0:
-            self._do(remove_old, self._folder, self._keep, step)
+            self._do(self._remove_old, step)
 
     def settle_if_written(self) -> None:
         """Do as `settle` if that need not wait: for what lasts longer than writing does."""
@@ -139,6 +140,15 @@ class CheckpointWriter:
         except OSError as error:
             if self._rank == 0:
                 logging.getLogger("longnet_hpc").warning("warning: %s", error)
+
+    def _remove_old(self, step: int) -> None:
+        """Remove the checkpoints that are not kept; the new one counts even where they cannot be removed."""
+        try:
+            remove_old(self._folder, self._keep, step)
+        except OSError as error:
+            if not self._has_warned:  # it is tried again after each checkpoint
+                logging.getLogger("longnet_hpc").warning("warning: %s", error)
+            self._has_warned = True
 
     def _do(self, work: Callable[..., object], *words: object) -> None:
         """Do something in the thread, after what it was given before."""
