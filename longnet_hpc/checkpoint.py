@@ -49,6 +49,7 @@ __all__ = [
     "remove_old",
     "save_checkpoint",
     "write_checkpoint",
+    "written_so_far",
 ]
 
 FORMAT = "longnet_hpc checkpoint"
@@ -194,6 +195,17 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, shard: Shard | None =
         if shard is None or shard.index == 0:
             about = _description(checkpoint, shard)
             make_partial(path, lambda partial: write_tensors(partial, about, tensors))
+
+
+def written_so_far(folder: Path, step: int, shard: Shard | None = None) -> int:
+    """Return the size of what `write_checkpoint` has under way, in bytes: that it changes shows that it advances."""
+    path = _path(folder, step)
+    size = 0
+    for its in (path, *(() if shard is None else (shard.path(path),))):
+        with suppress(FileNotFoundError):  # not begun, or whole
+            found = partial_of(its).stat()
+            size += found.st_size + 512 * found.st_blocks  # which grow where the size was set first
+    return size
 
 
 def commit_checkpoint(folder: Path, step: int) -> Path:

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,16 +23,21 @@ from longnet_hpc.checkpoint import (
     remove_old,
     save_checkpoint,
     write_checkpoint,
+    written_so_far,
 )
 from longnet_hpc.checkpoint_shards import Shard
 from longnet_hpc.comm import agreed, allgather_objects, broadcast_object
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.comm.meeting import Meeting
 from longnet_hpc.errors import LongNetError
+from longnet_hpc.life import life
 from longnet_hpc.trace import span
 from longnet_hpc.trainer import Trainer
 
 __all__ = ["CheckpointWriter"]
+
+_LOOKS_SECONDS = 0.2
+"""Between two looks at how far a file has grown; less than the beat of any watchdog that leaves time to write."""
 
 
 class CheckpointWriter:
@@ -60,6 +66,8 @@ class CheckpointWriter:
         self._step: int | None = None
         """Of the checkpoint that is being written."""
         self._in_shards = False
+        self._written: Callable[[], int] = lambda: 0
+        """How much of it is written, in bytes."""
         self._has_warned = False
 
     def begin(self, trainer: Trainer) -> None:
@@ -79,8 +87,11 @@ class CheckpointWriter:
         self._step, self._in_shards = step, trainer.shards > 1
         if self._in_shards:
             save = broadcast_object(self._comm, secrets.token_hex(8))
-            self._do(write_checkpoint, self._folder, checkpoint, Shard(self._rank, trainer.shards, save))
+            shard = Shard(self._rank, trainer.shards, save)
+            self._written = partial(written_so_far, self._folder, step, shard)
+            self._do(write_checkpoint, self._folder, checkpoint, shard)
         elif self._rank == 0:
+            self._written = partial(written_so_far, self._folder, step)
             self._do(save_checkpoint, self._folder, checkpoint)
 
     def settle(self) -> None:
@@ -155,8 +166,11 @@ class CheckpointWriter:
         self._tasks.append(self._thread.submit(work, *words))
 
     def _wait(self) -> None:
-        """Wait for what this rank writes, and raise what went wrong first."""
+        """Wait for what this rank writes, and raise what went wrong first; it lives for as long as its files grow."""
         tasks, self._tasks = self._tasks, []
-        wait(tasks)
+        written = 0
+        while wait(tasks, _LOOKS_SECONDS).not_done:
+            before, written = written, self._written()
+            life.progress += written != before
         for task in tasks:
             task.result()

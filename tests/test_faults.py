@@ -147,6 +147,7 @@ def test_crash_between_the_rename_of_a_checkpoint_and_its_sync_costs_no_more_tha
 
 GOES_ON = {  # on which rank; what is said, how often; what a later resumption says
     "slow": (1, "rank 1", 0, ""),
+    "slow_disk": (0, "rank 0", 0, ""),
     "failing_reads": (1, r"warning: cannot read .*corpus.h5: Input/output error, on .*; failure (\d),", 3, ""),
     "corpus_removed": (0, r"corpus.h5 was removed or renamed while .* reads it", RANKS, "error: .* No such file"),
 }
@@ -162,6 +163,12 @@ def test_training_that_a_fault_does_not_end_is_that_without(corpus, tmp_path, he
     later = resume(done.folder, capsys, more=("--steps", "7"))
     assert later.code == (2 if said_later else 0)
     assert re.search(said_later, later.said)
+
+
+def test_disk_that_hangs_ends_a_training_with_the_place(corpus, tmp_path):
+    done = train(corpus, tmp_path / "run", "hung_disk", 1, 2, more=("--watchdog-seconds", "2", *SHARDED))
+    assert done.code in (1, *CODES_OF_A_KILL), done.said
+    assert re.search(r"rank 1 of 2 .* has not advanced for \d s, last seen: train, step 3, .* _wait", done.said), done.said
 
 
 def test_corpus_that_is_replaced_under_a_training_ends_it_and_is_not_resumed_with(corpus, tmp_path, capsys):
