@@ -19,7 +19,15 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
-from longnet_hpc.checkpoint_shards import SHARDED_VERSION, WEIGHT, Shard, read_shards, shards_of, write_shard
+from longnet_hpc.checkpoint_shards import (
+    SHARD_FORMAT,
+    SHARDED_VERSION,
+    WEIGHT,
+    Shard,
+    read_shards,
+    shards_of,
+    write_shard,
+)
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
@@ -41,6 +49,7 @@ __all__ = [
     "remove_old",
     "save_checkpoint",
     "write_checkpoint",
+    "written_so_far",
 ]
 
 FORMAT = "longnet_hpc checkpoint"
@@ -188,6 +197,17 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, shard: Shard | None =
             make_partial(path, lambda partial: write_tensors(partial, about, tensors))
 
 
+def written_so_far(folder: Path, step: int, shard: Shard | None = None) -> int:
+    """Return the size of what `write_checkpoint` has under way, in bytes: that it changes shows that it advances."""
+    path = _path(folder, step)
+    size = 0
+    for its in (path, *(() if shard is None else (shard.path(path),))):
+        with suppress(FileNotFoundError):  # not begun, or whole
+            found = partial_of(its).stat()
+            size += found.st_size + 512 * found.st_blocks  # which grow where the size was set first
+    return size
+
+
 def commit_checkpoint(folder: Path, step: int) -> Path:
     """Let the checkpoint count that was written, by all ranks that have a part of it; on rank 0 only.
 
@@ -251,6 +271,9 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     """
 
     def check(about: object) -> None:
+        if isinstance(about, dict) and about.get("format") == SHARD_FORMAT:
+            whole = path.name.partition(".")[0] + path.suffix
+            raise CheckpointError(f"{path} is a shard of a checkpoint; give {whole}")
         of_one, of_shards = (FORMAT, FORMAT_VERSION), (FORMAT, SHARDED_VERSION)
         if not isinstance(about, dict) or (about.get("format"), about.get("format_version")) not in (of_one, of_shards):
             raise CheckpointError(f"{path} is no checkpoint of format version {FORMAT_VERSION} or {SHARDED_VERSION}")
@@ -300,13 +323,19 @@ def remove_old(folder: Path, keep: int, step: int) -> None:
     Raises
     ------
     OSError
-        If one cannot be removed.
+        If one cannot be removed: what is wrong with the first of them. The others are gone.
     """
-    with naming_errors(f"cannot remove old checkpoints of {folder}"):
-        for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
-            path.unlink()  # first: shards without it count for nothing
-            for part in shards_of(path):
-                part.unlink()
+    failure: OSError | None = None
+    for path in sorted((path for path in _checkpoints(folder) if _step_of(path) <= step), key=_step_of)[:-keep]:
+        try:
+            with naming_errors(f"cannot remove old checkpoint {path}"):
+                path.unlink(missing_ok=True)  # first: shards without it count for nothing
+                for part in shards_of(path):
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def clean_up(folder: Path) -> None:

@@ -12,11 +12,12 @@ from longnet_hpc.errors import CheckpointError
 from longnet_hpc.files import replace_file
 from longnet_hpc.tensor_file import read_tensors, write_tensors
 
-__all__ = ["SHARDED_VERSION", "WEIGHT", "Shard", "read_shards", "shards_of", "write_shard"]
+__all__ = ["SHARDED_VERSION", "SHARD_FORMAT", "WEIGHT", "Shard", "read_shards", "shards_of", "write_shard"]
 
 SHARDED_VERSION = 4
 """Format version of shards, and of the file with the weights that they belong to."""
 SHARD_FORMAT = "longnet_hpc shard of a checkpoint"
+"""What tells a shard from the file with the weights."""
 
 WEIGHT = "weight."
 """What the names of weights begin with."""

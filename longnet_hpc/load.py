@@ -14,6 +14,8 @@ __all__ = ["load_model"]
 def load_model(path: Path | str) -> LongNet:
     """Return the model of a checkpoint, on the CPU and in evaluation mode. Each rank reads for itself.
 
+    Optimizer state is not read, so that shards of it may be missing.
+
     Parameters
     ----------
     path : Path or str
@@ -24,7 +26,7 @@ def load_model(path: Path | str) -> LongNet:
     CheckpointError
         If it is missing, damaged, or no checkpoint of this version.
     """
-    checkpoint = load_checkpoint(find_checkpoint(Path(path)))
+    checkpoint = load_checkpoint(find_checkpoint(Path(path)), weights_only=True)
     model = LongNet(checkpoint.model_config)
     load_weights(model, checkpoint.tensors)
     return model.eval()

@@ -30,8 +30,6 @@ __all__ = ["main"]
 
 _STOPPED = 75
 """Exit code of a job that has kept what it did and is to be called again: EX_TEMPFAIL of BSD's sysexits."""
-_MEETING_SECONDS = 5.0
-"""How long a rank with an error waits for the others to have it too."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -110,7 +108,7 @@ def _end_together(error: Exception, launch: Launch, meeting: Meeting) -> int:
     """End with one line if all ranks have an error; one rank's own, not agreed on, is a defect and ends the job."""
     if launch.rank == 0:
         _tell(error)
-    if not meeting.all_arrive(_MEETING_SECONDS):
+    if not meeting.all_arrive():
         raise error
     return 2
 

@@ -141,6 +141,7 @@ def _trainer(config: TrainConfig, launch: Launch, corpus_path: Path, folder: Pat
                 load_weights(
                     trainer.model, load_checkpoint(find_checkpoint(config.start_from), weights_only=True).tensors
                 )
+            del checkpoint  # in host memory, 12 bytes a parameter: this frame lasts as long as the training
             trainer.check_steps()
             trainer.check_data()
             facts.update(trainer.facts())

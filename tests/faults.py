@@ -12,7 +12,9 @@ import sys
 import time
 
 import h5py
+import safetensors.torch
 
+from longnet_hpc import tensor_file
 from longnet_hpc.data import token_files
 from longnet_hpc.launcher import environment_rank
 from longnet_hpc.run import main
@@ -104,6 +106,26 @@ def fill(path):
                 continue
 
 
+def slow_disk(trainer, pieces=24):
+    """Let the next checkpoint take 6 seconds to be written, in which it grows all the time."""
+    real = tensor_file.save_file
+
+    def save_slowly(tensors, path, metadata):
+        tensor_file.save_file = real
+        whole = safetensors.torch.save(tensors, metadata)
+        with path.open("wb", buffering=0) as stream:
+            for piece in range(pieces):
+                time.sleep(6 / pieces)
+                stream.write(whole[piece * len(whole) // pieces : (piece + 1) * len(whole) // pieces])
+
+    tensor_file.save_file = save_slowly
+
+
+def hung_disk(trainer):
+    """From here on no checkpoint comes to its end."""
+    tensor_file.save_file = lambda *words: time.sleep(60)
+
+
 def killed_between_rename_and_sync(trainer):
     """Kill this rank when it next hands a folder to the disk, which it does after a file got its name."""
     real = os.fsync
@@ -120,7 +142,7 @@ FAULTS = {
     fault.__name__: fault
     for fault in (
         *(nothing, signalled, nan_loss, slow, failing_reads, failing_disk, corpus_removed, corpus_replaced),
-        *(disk_full, killed_between_rename_and_sync),
+        *(disk_full, slow_disk, hung_disk, killed_between_rename_and_sync),
     )
 }
 

@@ -30,6 +30,7 @@ from longnet_hpc.config import OptimizerConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.errors import CheckpointError
 from longnet_hpc.files import check_writable, naming_errors, replace_file
+from longnet_hpc.load import load_model
 from longnet_hpc.optimizer import Optimizer, load_weights
 
 MODEL = LongNetConfig(layers=1, embed_dim=8, heads=2, segment_lengths=(4,), dilation_rates=(1,))
@@ -128,6 +129,34 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path, changes, said)
     else:  # moments are missing from all of them
         with pytest.raises(CheckpointError, match=r"exp_avg.* is missing there"):
             optimizer.load_state(load_checkpoint(path).tensors, 2)
+
+
+def test_model_is_loaded_even_where_shards_of_the_optimizer_state_are_lost(tmp_path):
+    model, optimizer = trained()
+    save_in_shards(tmp_path, optimizer)
+    path = commit_checkpoint(tmp_path, 2)
+    Shard(1, 3, "one save").path(path).unlink()
+    with pytest.raises(CheckpointError, match="shard-00002-of-00003"):
+        load_checkpoint(path)
+    loaded = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_shard_is_told_from_a_checkpoint_and_leads_to_it(tmp_path):
+    save_in_shards(tmp_path, trained()[1])
+    path = Shard(1, 3, "one save").path(commit_checkpoint(tmp_path, 2))
+    for weights_only in (False, True):
+        with pytest.raises(CheckpointError, match=f"{path} is a shard of a checkpoint; give step-00000002.safetensors"):
+            load_checkpoint(path, weights_only=weights_only)
+
+
+def test_old_checkpoint_that_cannot_be_removed_does_not_keep_the_others(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000001.safetensors").mkdir(parents=True)
+    for step in (2, 4):
+        saved(tmp_path, step)
+    with pytest.raises(OSError, match="cannot remove old checkpoint .*step-00000001.safetensors: "):
+        remove_old(tmp_path, keep=1, step=4)
+    assert sorted(path.name[:13] for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000004"]
 
 
 def test_checkpoint_in_one_file_is_still_of_the_version_that_earlier_programs_read(tmp_path):

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ FAULTS = Path(__file__).with_name("faults.py")
 RANKS, STEPS, SEQ_LEN = 2, 6, 512
 CODES_OF_A_KILL = (9, 137)
 """What MPICH's and Open MPI's mpirun end with when a rank is killed."""
+SHARDED = ("--shard-optimizer",)
 COMMON = ("--device", "cpu", "--read-retry-seconds", "1")
 
 
@@ -77,7 +79,12 @@ def steps_in(folder):
 def saved_in(folder):
     """Return the steps of the checkpoints, after making sure that nothing is half-written."""
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
-    return sorted(int(re.findall(r"\d+", path.name)[0]) for path in (folder / "checkpoints").glob("step-*"))
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    whole = {name.partition(".")[0] for name in names if name.count(".") == 1}
+    shards = Counter(name.partition(".")[0] for name in names if name.count(".") == 2)
+    assert shards.keys() <= whole
+    assert set(shards.values()) <= {RANKS}
+    return sorted(int(name.removeprefix("step-")) for name in whole)
 
 
 def resume(folder, capsys, more=()):
@@ -140,6 +147,7 @@ def test_crash_between_the_rename_of_a_checkpoint_and_its_sync_costs_no_more_tha
 
 GOES_ON = {  # on which rank; what is said, how often; what a later resumption says
     "slow": (1, "rank 1", 0, ""),
+    "slow_disk": (0, "rank 0", 0, ""),
     "failing_reads": (1, r"warning: cannot read .*corpus.h5: Input/output error, on .*; failure (\d),", 3, ""),
     "corpus_removed": (0, r"corpus.h5 was removed or renamed while .* reads it", RANKS, "error: .* No such file"),
 }
@@ -157,6 +165,12 @@ def test_training_that_a_fault_does_not_end_is_that_without(corpus, tmp_path, he
     assert re.search(said_later, later.said)
 
 
+def test_disk_that_hangs_ends_a_training_with_the_place(corpus, tmp_path):
+    done = train(corpus, tmp_path / "run", "hung_disk", 1, 2, more=("--watchdog-seconds", "2", *SHARDED))
+    assert done.code in (1, *CODES_OF_A_KILL), done.said
+    assert re.search(r"rank 1 of 2 .* has not advanced for \d s, last seen: train, step 3, .* _wait", done.said), done.said
+
+
 def test_corpus_that_is_replaced_under_a_training_ends_it_and_is_not_resumed_with(corpus, tmp_path, capsys):
     done = train(corpus, tmp_path / "run", "corpus_replaced", 0, 3)
     assert done.code == 2, done.said
@@ -167,12 +181,13 @@ def test_corpus_that_is_replaced_under_a_training_ends_it_and_is_not_resumed_wit
     assert "checkpoint is of a training on other batches: its corpus_" in again.said
 
 
-def test_bit_flip_in_a_corpus_ends_the_training_where_a_rank_meets_it(corpus, tmp_path, healthy, capsys, text):
+@pytest.mark.parametrize("more", [(), SHARDED])
+def test_bit_flip_in_a_corpus_ends_the_training_where_a_rank_meets_it(corpus, tmp_path, healthy, capsys, text, more):
     stored, position = corpus.read_bytes(), 4 * SEQ_LEN + 450  # of the fifth sequence, which rank 1 reads
     damaged = bytearray(stored)
     damaged[stored.index(text.read_bytes()[position : position + 40])] ^= 1
     corpus.write_bytes(damaged)
-    done = train(corpus, tmp_path / "run")
+    done = train(corpus, tmp_path / "run", more=more)
     assert done.code == 2, done.said
     chunk = position // 64
     assert len(re.findall(rf"error: .*corpus.h5: chunk {chunk}, tokens .* is damaged: its checksum", done.said)) == 1
@@ -204,8 +219,9 @@ def leave_free(disk, size):
     os.truncate(filler, filler.stat().st_size - size)
 
 
-def test_disk_that_is_full_ends_a_training_with_whole_files(corpus, small_disk, healthy, capsys):
-    done = train(corpus, small_disk / "run", "disk_full", 0, 4)
+@pytest.mark.parametrize("more", [(), SHARDED])
+def test_disk_that_is_full_ends_a_training_with_whole_files(corpus, small_disk, healthy, capsys, more):
+    done = train(corpus, small_disk / "run", "disk_full", 0, 4, more)
     assert done.code == 2, done.said
     assert len(re.findall("error: cannot write .*: No space left on device", done.said)) == 1
     assert "Traceback" not in done.said
