@@ -168,7 +168,9 @@ def test_training_that_a_fault_does_not_end_is_that_without(corpus, tmp_path, he
 def test_disk_that_hangs_ends_a_training_with_the_place(corpus, tmp_path):
     done = train(corpus, tmp_path / "run", "hung_disk", 1, 2, more=("--watchdog-seconds", "2", *SHARDED))
     assert done.code in (1, *CODES_OF_A_KILL), done.said
-    assert re.search(r"rank 1 of 2 .* has not advanced for \d s, last seen: train, step 3, .* _wait", done.said), done.said
+    assert re.search(r"rank 1 of 2 .* has not advanced for \d s, last seen: train, step 3, .* _wait", done.said), (
+        done.said
+    )
 
 
 def test_corpus_that_is_replaced_under_a_training_ends_it_and_is_not_resumed_with(corpus, tmp_path, capsys):
