@@ -105,9 +105,8 @@ def main():
             append_record(options.out, record)
         model, (real, told) = case["model"], (record["results"] for record in (measured, planned))
         errors.append(told["seconds"] / real["seconds"] - 1)
-        memory = told["memory_bytes"]["total"]
-        if launch.device.type == "cuda":
-            memory -= told["memory_bytes"]["process"]
+        its = told["memory_bytes"]  # a step that is measured writes no checkpoint
+        memory = its["total"] - its["process" if launch.device.type == "cuda" else "checkpoint"]
         print(
             f"{number}: {launch.size} ranks, {model.layers} x {model.embed_dim} x {model.heads}, {case['tokens']:,} "
             f"tokens, {case.get('task', 'train')}: {real['seconds']:.3f} s [{real['seconds_low']:.3f}, "

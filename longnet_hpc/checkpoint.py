@@ -202,7 +202,7 @@ def written_so_far(folder: Path, step: int, shard: Shard | None = None) -> int:
     path = _path(folder, step)
     size = 0
     for its in (path, *(() if shard is None else (shard.path(path),))):
-        with suppress(FileNotFoundError):  # not begun, or whole
+        with suppress(OSError):  # not begun, or whole; what is wrong the writer tells
             found = partial_of(its).stat()
             size += found.st_size + 512 * found.st_blocks  # which grow where the size was set first
     return size

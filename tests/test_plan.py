@@ -17,6 +17,7 @@ from longnet_hpc.record import check_record, read_records
 from longnet_hpc.run import main
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Attention, Blocks, Link, load_machine, machine_names
+from longnet_hpc.scaling.memory import memory_of_rank
 from longnet_hpc.scaling.model import forecast
 
 MACHINE = replace(
@@ -137,8 +138,24 @@ def test_optimizer_in_shards_takes_its_part_of_the_memory_and_no_time(ranks):
     whole, parts = (forecast(replace(config, shard_optimizer=sharded), MACHINE, ranks) for sharded in (False, True))
     assert whole.memory.optimizer == 8 * MODEL.parameter_count
     assert parts.memory.optimizer == 8 * MODEL.parameter_count // ranks
-    assert replace(parts.memory, optimizer=0, buffers=0) == replace(whole.memory, optimizer=0, buffers=0)
+    assert whole.memory.checkpoint == 12 * MODEL.parameter_count
+    assert parts.memory.checkpoint == 4 * MODEL.parameter_count + 8 * MODEL.parameter_count // ranks
+    same = {"optimizer": 0, "buffers": 0, "checkpoint": 0}
+    assert replace(parts.memory, **same) == replace(whole.memory, **same)
     assert (parts.seconds, parts.gradient_bytes) == (whole.seconds, whole.gradient_bytes)
+
+
+def test_copy_of_a_checkpoint_counts_where_the_device_is_the_cpu_alone():
+    config = PlanConfig(model=MODEL, seq_len=64)
+    cpu, gpu = (
+        memory_of_rank(config, 32, 0, 64, ranks=2, itemsize=4, process_bytes=0, on_cpu=on_cpu)
+        for on_cpu in (True, False)
+    )
+    assert cpu.checkpoint == gpu.host_checkpoint == 12 * MODEL.parameter_count
+    assert cpu.total == gpu.total + cpu.checkpoint
+    assert replace(cpu, checkpoint=0) == replace(gpu, host_checkpoint=0)
+    evaluation = forecast(replace(config, task="eval"), MACHINE, 2).memory
+    assert evaluation.checkpoint == evaluation.host_checkpoint == 0
 
 
 def test_slowest_rank_decides_where_work_is_uneven():
@@ -266,7 +283,8 @@ def test_table_says_what_to_change_and_records_say_the_same(tmp_path, capsys):
         check_record(record)
         assert record["kind"] == "modelled"
         memory = record["results"]["memory_bytes"]
-        assert memory["total"] == sum(memory.values()) - memory["total"] - memory["host"]
+        in_host_memory = memory["host"] + memory["host_checkpoint"]
+        assert memory["total"] == sum(memory.values()) - memory["total"] - in_host_memory
         assert record["results"]["fits"] == (memory["total"] <= record["results"]["capacity_bytes"])
     assert sixty_four["results"]["memory_bytes"]["total"] / 1e9 == pytest.approx(float(found[2]), abs=0.06)
     capsys.readouterr()

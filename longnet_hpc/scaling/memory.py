@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from longnet_hpc.chunk import carried_bytes, kept_rows, wide_branches
 from longnet_hpc.scaling.config import PlanConfig
 
-__all__ = ["SHORTEST_CHUNK", "Memory", "chunk_that_fits", "memory_of_rank"]
+__all__ = ["IN_HOST_MEMORY", "SHORTEST_CHUNK", "Memory", "chunk_that_fits", "memory_of_rank"]
 
 SHORTEST_CHUNK, _LONGEST_CHUNK = 1 << 15, 1 << 22
 """Tokens of a rank, where nobody chooses: shorter chunks do not fill a GPU, longer ones gain nothing."""
+IN_HOST_MEMORY = ("host", "host_checkpoint")
+"""Parts of `Memory` that are not on the device."""
 _CHUNK_SHARE = 0.85
 """Of the memory of a rank that its part of a chunk may take with all else, where nobody chooses."""
 
@@ -37,14 +39,18 @@ class Memory:
     """Rows of other ranks and of earlier chunks."""
     buffers: int
     """Of exchanges, and of the update of the weights where that is more than all activations."""
+    checkpoint: int
+    """Copy of a checkpoint while it is written, on rank 0, which has most of it; where the device is the CPU."""
     host: int
     """In host memory (or a file), rows of a stream that wait for the way back; not part of the total."""
+    host_checkpoint: int
+    """In host memory, `checkpoint` where the device is a GPU; not part of the total."""
 
     @property
     def total(self) -> int:
-        """All but `host`."""
+        """All but `IN_HOST_MEMORY`."""
         everything: dict[str, int] = asdict(self)
-        return sum(everything.values()) - self.host
+        return sum(size for name, size in everything.items() if name not in IN_HOST_MEMORY)
 
     def table(self) -> dict[str, int]:
         """Return the bytes by name, with the total."""
@@ -74,7 +80,15 @@ _EAGER_SINGLE = _PerFeature(block=36.9, inner=12.0, wide_residual=0.0, backward=
 
 
 def memory_of_rank(
-    config: PlanConfig, tokens: int, received: int, at_once: int, *, ranks: int, itemsize: int, process_bytes: int
+    config: PlanConfig,
+    tokens: int,
+    received: int,
+    at_once: int,
+    *,
+    ranks: int,
+    itemsize: int,
+    process_bytes: int,
+    on_cpu: bool = False,
 ) -> Memory:
     """Return what a rank needs.
 
@@ -94,6 +108,8 @@ def memory_of_rank(
         Bytes of a number of matrix products.
     process_bytes : int
         What a process takes before it has any tensor.
+    on_cpu : bool
+        Whether the memory of the device is that of the host.
     """
     model, training = config.model, config.task == "train"
     parameters = model.parameter_count
@@ -116,6 +132,7 @@ def memory_of_rank(
     shards = ranks if config.shard_optimizer else 1
     if training:
         buffers += max(0, _FLAT_BYTES * parameters + _FLAT_BYTES * parameters // shards - activations)
+    copied = 4 * parameters + 8 * parameters // shards if training else 0
     return Memory(
         process=process_bytes,
         weights=(4 + (itemsize if itemsize < 4 else 0)) * parameters,
@@ -124,7 +141,9 @@ def memory_of_rank(
         activations=activations,
         rows=rows,
         buffers=buffers,
+        checkpoint=copied if on_cpu else 0,
         host=host,
+        host_checkpoint=0 if on_cpu else copied,
     )
 
 

@@ -182,7 +182,15 @@ def forecast(config: PlanConfig, machine: Machine, ranks: int) -> Forecast:
         efficiency=even / seconds,
         bytes_received=received,
         gradient_bytes=gradient_bytes,
-        memory=memory_of_rank(config, -(-at_once // ranks), at_once_received, at_once, ranks=ranks, **of_machine),
+        memory=memory_of_rank(
+            config,
+            -(-at_once // ranks),
+            at_once_received,
+            at_once,
+            ranks=ranks,
+            on_cpu=machine.device == "cpu",
+            **of_machine,
+        ),
         capacity_bytes=capacity,
         model_flop=flop * config.batch_size * (3 if training else 1),
     )

@@ -13,6 +13,7 @@ from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.record import make_record, where
 from longnet_hpc.scaling.config import PlanConfig
 from longnet_hpc.scaling.machine import Machine, load_machine, machine_names
+from longnet_hpc.scaling.memory import IN_HOST_MEMORY
 from longnet_hpc.scaling.model import Forecast, forecast
 from longnet_hpc.words import bytes_in_words, plural, seconds_in_words
 
@@ -103,11 +104,14 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
     if len(forecasts) > 1 or forecasts[0].ranks > 1:
         lines.append("efficiency: the arithmetic of a step, spread evenly and with nothing besides, over its time")
     last = forecasts[-1]
-    its = {name: size for name, size in last.memory.table().items() if size and name not in ("total", "host")}
+    its = {name: size for name, size in last.memory.table().items() if size and name not in ("total", *IN_HOST_MEMORY)}
     parts = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in its.items())
     lines += ["", f"memory of a rank, at {last.ranks:,}: {parts}"]
     if last.memory.host:
         lines.append(f"besides, in host memory or a file, a rank: {bytes_in_words(last.memory.host)}")
+    if last.memory.host_checkpoint:
+        copied = bytes_in_words(last.memory.host_checkpoint)
+        lines.append(f"besides, in host memory while a checkpoint is written, rank 0: {copied}")
     if last.chunk_len is not None:
         chosen = f"; give --chunk-len {last.chunk_len} to the run, which chooses so for its own memory"
         lines.append(

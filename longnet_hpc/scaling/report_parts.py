@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from longnet_hpc.scaling.memory import IN_HOST_MEMORY
 from longnet_hpc.scaling.report_bars import Bar, picture_of
 from longnet_hpc.scaling.report_data import Row, as_number
 from longnet_hpc.scaling.report_draw import GREY, PALETTE, REST, Picture
@@ -207,16 +208,17 @@ def _memory(row: Row) -> tuple[dict[str, float], float]:
     table = row.results.get("memory_bytes")
     if isinstance(table, Mapping):
         parts = {short(str(k), 20): its for k, v in table.items() if k != "total" and (its := as_number(v, 0))}
-        parts.pop("host", None)  # that of the node, not of the GPU
+        for name in IN_HOST_MEMORY:  # of the node, not of the GPU
+            parts.pop(name, None)
         return parts, as_number(table.get("total"), 0) or sum(parts.values())
     peak = row.positive("peak_memory_bytes")
     return ({"peak": peak}, peak) if peak else ({}, 0.0)
 
 
 def _comparable_memory(forecast: Row, measured: Point) -> float:
-    """Return what a forecast says of what was measured: of a GPU without what a process takes before any tensor."""
+    """Return what a forecast says of what was measured: without a checkpoint; of a GPU, without a process's own."""
     parts, total = _memory(forecast)
-    return total if measured.device == "cpu" else total - parts.get("process", 0.0)
+    return total - parts.get("checkpoint" if measured.device == "cpu" else "process", 0.0)
 
 
 def draw_slowest(rows: Sequence[Row]) -> Iterable[Picture]:
