@@ -11,8 +11,9 @@ from longnet_hpc.dropout import position_dropout
 from longnet_hpc.encoder_config import EncoderConfig
 from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.model import Block, Recomputed, check_plan
+from longnet_hpc.one_process import plan_of_one
 from longnet_hpc.positions import POSITIONS
-from longnet_hpc.sequence_plan import Plan, SequencePlan
+from longnet_hpc.sequence_plan import Plan
 
 __all__ = ["LongNetEncoder"]
 
@@ -104,7 +105,7 @@ class LongNetEncoder(nn.Module):
         try:
             self._check(x)
             if plan is None:
-                plan = SequencePlan.build(self.config.pattern, x.shape[1], device=x.device)
+                plan = plan_of_one(self.config.pattern, x.shape[1], x.device)
             check_plan(plan, self.config.pattern, x.shape[1])
         except LongNetError as caught:
             error = caught

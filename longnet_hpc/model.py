@@ -20,10 +20,10 @@ from longnet_hpc.dropout import position_dropout
 from longnet_hpc.encoder_config import EncoderConfig
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
 from longnet_hpc.gelu_norm import gelu_norm
-from longnet_hpc.one_process import OneProcessPlan
+from longnet_hpc.one_process import plan_of_one
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation
-from longnet_hpc.sequence_plan import LayerPlan, Plan, SequencePlan
+from longnet_hpc.sequence_plan import LayerPlan, Plan
 
 __all__ = ["Block", "LongNet", "check_plan"]
 
@@ -278,10 +278,8 @@ class LongNet(nn.Module):
         error: LongNetError | None = None
         try:
             _check_tokens(tokens, self.config.vocab_size)
-            if plan is None and torch.compiler.is_compiling():
-                plan = OneProcessPlan(self.config.pattern, tokens.shape[1])
             if plan is None:
-                plan = SequencePlan.build(self.config.pattern, tokens.shape[1], device=tokens.device)
+                plan = plan_of_one(self.config.pattern, tokens.shape[1], tokens.device)
             check_plan(plan, self.config.pattern, tokens.shape[1])
             if targets is not None:
                 if targets.shape != tokens.shape:

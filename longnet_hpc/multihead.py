@@ -221,7 +221,9 @@ class DilatedAttention(nn.MultiheadAttention):
         if not all(isinstance(x, torch.Tensor) for x in inputs):
             raise ShapeError(f"query, key and value must be tensors, got {', '.join(type(x).__name__ for x in inputs)}")
         if any(x.is_nested for x in inputs):
-            raise ShapeError("nested tensors are not supported: sequences must be of one length")
+            raise ShapeError(
+                "nested tensors are not supported: make nn.TransformerEncoder with enable_nested_tensor=False"
+            )
         if query.dim() not in (2, 3) or any(x.shape[:-1] != query.shape[:-1] for x in inputs):
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
             raise ShapeError(f"query, key and value must be of equal length, 2- or 3-dimensional, got {shapes}")

@@ -16,7 +16,7 @@ from longnet_hpc.attention.sums import wide_dtype
 from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.mixture import fake_backward, mix, mix_backward, refuse, register
 from longnet_hpc.pattern import Pattern
-from longnet_hpc.sequence_plan import SequencePlan, check_shapes, scale_of
+from longnet_hpc.sequence_plan import Plan, SequencePlan, check_shapes, scale_of
 
 __all__ = ["OneProcessPlan"]
 
@@ -80,6 +80,23 @@ class OneProcessPlan:
             *(self.backend, causal, scale_of(softmax_scale, q.shape[3])),
         )
         return out, lse.detach()
+
+
+def plan_of_one(pattern: Pattern, seq_len: int, device: torch.device) -> Plan:
+    """Return the plan of a sequence that one process has to itself: such as a graph can hold, while one is made.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        The branches.
+    seq_len : int
+        Tokens of the sequence.
+    device : torch.device
+        Where the tensors lie.
+    """
+    if torch.compiler.is_compiling():
+        return OneProcessPlan(pattern, seq_len)
+    return SequencePlan.build(pattern, seq_len, device=device)
 
 
 def _plan(

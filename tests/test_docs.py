@@ -23,7 +23,8 @@ PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "LOG.md")
 WITH_COMMANDS = [ROOT / "README.md", *PAGES, DOCS / "forecast" / "README.md"]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:\w+=\S+ |mpirun |srun |\$ )*.*?python -m longnet_hpc(?:\.run)? (.*)$")
-BUILD_SECONDS = 100  # about 15 on an idle machine
+pytestmark = pytest.mark.timeout(330)
+BUILD_SECONDS = 300  # about 15 on an idle machine
 
 
 def name_of(page):

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_hpc import DilatedAttention, LongNet, LongNetConfig, scaled_dot_product_attention, sequence_plan
 from longnet_hpc.attention import branch
+from longnet_hpc.encoder import LongNetEncoder
+from longnet_hpc.encoder_config import EncoderConfig
 
 DILATED = {"segment_lengths": (8, 32), "dilation_rates": (1, 3)}
 
@@ -137,3 +139,17 @@ def test_exported_model_needs_no_plan_of_the_process_that_exported_it(positions)
     assert {name for name in operators if "longnet_hpc" in name} == {"longnet_hpc.dilated_attention.default"}
     other = tokens(seed=1)
     torch.testing.assert_close(program.module()(other), model(other), atol=1e-5, rtol=1e-5)
+
+
+def test_encoder_is_one_graph_and_can_be_exported():
+    torch.manual_seed(0)
+    encoder = LongNetEncoder(
+        EncoderConfig(layers=1, embed_dim=16, heads=2, segment_lengths=(8, 32), dilation_rates=(1, 2))
+    )
+    x = torch.randn(1, 32, 16)
+    expected = encoder(x)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+    program = torch.export.export(encoder.eval(), (x,))
+    assert not any("mixture" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-5)

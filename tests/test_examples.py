@@ -13,7 +13,7 @@ from launching import ROOT, run_python
 EXAMPLES = ROOT / "docs" / "examples"
 PROGRAMS = sorted(EXAMPLES.glob("*.py"))
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
-SECONDS = 60
+SECONDS = 110
 
 
 def names(paths):

@@ -25,7 +25,7 @@ from longnet_hpc.comm.process_group import init_process_group
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a sequence (default: 1024)")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="of training (default: 3)")
     parser.add_argument("--fsdp", action="store_true", help="cut the weights over ranks (FSDP2), too")
     options = parser.parse_args()
     comm = MPI.COMM_WORLD

@@ -15,7 +15,8 @@ from longnet_hpc.encoder_config import EncoderConfig
 from longnet_hpc.errors import CheckpointError, ConfigError, LongNetError, ShapeError
 from longnet_hpc.integrations.torchscale import load_encoder
 from longnet_hpc.integrations.weights import fill, names_in_words, read_weights
-from longnet_hpc.sequence_plan import Plan, SequencePlan
+from longnet_hpc.one_process import plan_of_one
+from longnet_hpc.sequence_plan import Plan
 
 __all__ = ["SlideEncoder", "load_slide_encoder", "slide_segment_lengths"]
 
@@ -100,7 +101,7 @@ class SlideEncoder(nn.Module):
         try:
             self._check(tiles, coords)
             if plan is None:
-                plan = SequencePlan.build(self.config.pattern, tiles.shape[1] + 1, device=tiles.device)
+                plan = plan_of_one(self.config.pattern, tiles.shape[1] + 1, tiles.device)
         except LongNetError as caught:
             error = caught
         if plan is None:
@@ -116,6 +117,11 @@ class SlideEncoder(nn.Module):
     def _check(self, tiles: torch.Tensor, coords: torch.Tensor) -> None:
         if tiles.dim() != 3 or tiles.shape[2] != self.tile_proj.in_features:
             raise ShapeError(f"tiles must be (batch, tiles, {self.tile_proj.in_features}), got {tuple(tiles.shape)}")
+        weight = self.tile_proj.weight
+        if tiles.dtype != weight.dtype and not torch.is_autocast_enabled(tiles.device.type):
+            raise ShapeError(f"tiles must be {weight.dtype}, as the weights, or under autocast, got {tiles.dtype}")
+        if not tiles.device == coords.device == weight.device:
+            raise ShapeError(f"tiles and coords must be on {weight.device}, got {tiles.device} and {coords.device}")
         if coords.shape != (*tiles.shape[:2], 2):
             raise ShapeError(f"coords must be {(*tiles.shape[:2], 2)} in pixels, got {tuple(coords.shape)}")
         if coords.numel() and not (coords.min() >= 0 and coords.max() < self.grid * CELL_PIXELS):
