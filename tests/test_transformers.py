@@ -3,6 +3,7 @@
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -310,6 +311,20 @@ def test_example_gives_a_model_a_longer_context(tmp_path, capsys):
     assert after < before
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longnet")
     assert model.config.max_position_embeddings == 512
+
+
+def test_example_says_in_one_line_what_it_cannot_do(tmp_path, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "hugging_face.py"))
+    text = tmp_path / "short.txt"
+    text.write_text("short")
+    with pytest.raises(SystemExit):
+        example["main"](["--context", "32", "--text", str(text), "--output", str(tmp_path)])
+    assert "at least one sequence of 256 tokens" in capsys.readouterr().err
+    model_of("llama, yarn", "sdpa").save_pretrained(tmp_path / "yarn")
+    example["main"].__globals__["AutoTokenizer"] = SimpleNamespace(from_pretrained=lambda folder: None)
+    with pytest.raises(SystemExit):
+        example["main"](["--model", str(tmp_path / "yarn"), "--output", str(tmp_path)])
+    assert "must have rope_type 'default', got 'yarn'" in capsys.readouterr().err
 
 
 @settings(max_examples=60, deadline=None)

@@ -159,7 +159,8 @@ def _window(
             return error
     if not is_window:
         return None
-    if all(kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()):
+    kinds = getattr(config, "layer_types", None) or ()
+    if all(kind == "sliding_attention" for kind in kinds) and not torch.compiler.is_compiling():
         assert local_size is not None
         _warn_of_windows(config.model_type, local_size)
     return local_size
