@@ -66,7 +66,10 @@ def continued_attention(
     if start < 0:
         raise ShapeError(f"there must be at least as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ShapeError("attention to earlier keys has no gradient: compute the whole sequence at once")
+        raise ShapeError(
+            "attention to earlier keys has no gradient: compute the whole sequence at once, "
+            "or decode under torch.no_grad()"
+        )
     own_k, own_v = k[:, start:], v[:, start:]
     check_shapes(q, own_k, own_v)
     plan = SequencePlan.build(pattern, q.shape[1], start=start, backend=backend, device=q.device)

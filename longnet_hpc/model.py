@@ -297,7 +297,7 @@ class LongNet(nn.Module):
             facts = {
                 "model": self.config,
                 "batch": tokens.shape[0],
-                "dtype": self._computed_in(tokens.device),
+                "dtype": self.computed_in(tokens.device),
                 "dropout_seed": dropout_seed,
                 "training": self.training,
                 "activation checkpointing": self.activation_checkpointing,
@@ -308,7 +308,8 @@ class LongNet(nn.Module):
         plan.agree(facts, error)
         return plan
 
-    def _computed_in(self, device: torch.device) -> torch.dtype:
+    def computed_in(self, device: torch.device) -> torch.dtype:
+        """Return the dtype that blocks compute in: that of autocast, where it is on, or of the weights."""
         autocast = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if autocast else self.embedding.weight.dtype
 
@@ -316,7 +317,7 @@ class LongNet(nn.Module):
         self, tokens: torch.Tensor, plan: Plan, dropout_seed: int, *, for_product: bool = False
     ) -> torch.Tensor:
         config = self.config
-        computed_in, device = self._computed_in(tokens.device), tokens.device
+        computed_in, device = self.computed_in(tokens.device), tokens.device
         scale = math.sqrt(config.embed_dim)
         if self.half_residual and not torch.is_grad_enabled():  # nothing in the size of all tokens but the result
             x = F.embedding(tokens.long(), (self.embedding.weight * scale).to(computed_in))

@@ -48,7 +48,10 @@ FAMILIES = {
     "gemma": (GemmaConfig, {"num_key_value_heads": 1}),
     "gemma2": (Gemma2Config, {"attn_logit_softcapping": None, "sliding_window": 9}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma2, no window": (Gemma2Config, {"attn_logit_softcapping": None, "layer_types": ["full_attention"] * 2}),
+    "gemma3, no window": (Gemma3TextConfig, {"layer_types": ["full_attention"] * 2}),
     "mistral": (MistralConfig, {"sliding_window": 9}),
+    "mistral, no window": (MistralConfig, {"sliding_window": None}),
 }
 """Class of the config, and what differs in it."""
 WITHOUT_WINDOWS = [family for family in FAMILIES if family not in ("gemma2", "gemma3", "mistral")]

@@ -5,12 +5,13 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from hugging_face import loss_and_gradients, model_of, tokens
+from hugging_face import VOCAB, loss_and_gradients, model_of, tokens
 from parallel_case import assert_all_close
+from transformers import DynamicCache
 
 from longnet_hpc.comm import all_reduce_sum
 from longnet_hpc.errors import ConfigError, PartitionError, ShapeError
-from longnet_hpc.integrations.transformers import own_slice, register
+from longnet_hpc.integrations.transformers import LongNetForCausalLM, LongNetPretrainedConfig, own_slice, register
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -82,3 +83,45 @@ def test_a_cache_with_earlier_tokens_is_an_error(comm):
 def test_fewer_tokens_than_ranks_are_an_error(comm):
     with pytest.raises(PartitionError, match="cannot be cut"):
         own_slice(tokens(1, comm.size - 1), comm)
+
+
+def longnet():
+    torch.manual_seed(0)
+    pattern = {"segment_lengths": PATTERN[0], "dilation_rates": PATTERN[1]}
+    sizes = {"vocab_size": VOCAB, "layers": 2, "embed_dim": 32, "heads": 4, "kv_heads": 2}
+    return LongNetForCausalLM(LongNetPretrainedConfig(**sizes, **pattern))
+
+
+def test_loss_and_gradients_of_longnet_with_a_plan_add_up_to_those_of_one_process(comm):
+    x = tokens(2, 71)
+    labels = x.masked_fill(x < 20, -100)
+    model = longnet()
+    loss, logits, gradients = loss_and_gradients(model, input_ids=x, labels=labels)
+    own = own_slice(x, comm, labels=labels, pattern=model.longnet.config.pattern)
+    its_loss, its_logits, its_gradients = loss_and_gradients(model, **own)
+    start = own["plan"].start
+    pairs = [(its_logits, logits[:, start : start + its_logits.shape[1]]), (all_reduce_sum(comm, its_loss), loss)]
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max()
+        pairs.append((all_reduce_sum(comm, its_gradients[name]) / scale, gradient / scale))
+    assert_all_close(comm, pairs, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "spoil"),
+    [
+        ("output_attentions", lambda own: own.update(output_attentions=True)),
+        ("padding on the left", lambda own: own.update(attention_mask=torch.arange(own["input_ids"].shape[1])[None])),
+        ("no cache", lambda own: own.update(cache=DynamicCache())),
+        ("position_ids", lambda own: own["position_ids"][:, 5:].add_(3)),
+        ("labels", lambda own: own.update(labels=own["labels"][:, 1:])),
+        ("outside the vocabulary", lambda own: own["input_ids"].add_(VOCAB)),
+    ],
+)
+def test_fault_on_one_rank_of_a_plan_is_an_error_on_all(comm, words, spoil):
+    model, x = longnet(), tokens(1, 40)
+    own = own_slice(x, comm, labels=x, pattern=model.longnet.config.pattern)
+    if comm.rank == comm.size - 1:
+        spoil(own)
+    with pytest.raises((ConfigError, ShapeError), match=words):
+        model(**own)

@@ -3,6 +3,7 @@
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,16 +24,21 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from longnet_hpc.errors import BackendError, ConfigError, PatternError, ShapeError
-from longnet_hpc.integrations.transformers import own_slice, register
+from longnet_hpc.integrations.transformers import attention, own_slice, register
 from longnet_hpc.integrations.transformers.windows import window_attention
 
 DILATED = [8, 40, 11], [1, 4, 3]
 
 
+def its_own(family):
+    """Return the name of attention of the library itself that the family takes."""
+    return "eager" if family.startswith("gemma2") else "sdpa"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_segment_without_dilation_is_the_models_own_attention(family):
     x = tokens(2, 40)
-    model = model_of(family, "eager" if family == "gemma2" else "sdpa")
+    model = model_of(family, its_own(family))
     wanted = loss_and_gradients(model, input_ids=x, labels=x)
     register([40], [1])
     model.set_attn_implementation("longnet")
@@ -49,7 +55,7 @@ def test_dilated_attention_is_that_of_the_definition(family):
     model.set_attn_implementation("oracle")
     wanted = loss_and_gradients(model, input_ids=x, labels=x)
     assert_same(got, wanted)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(its_own(family))
     assert (model(x).logits - wanted[1]).abs().max() > 0.01  # the pattern matters
 
 
@@ -101,12 +107,22 @@ def test_padding_on_the_right_changes_no_token_before_it():
     torch.testing.assert_close(padded[1, :17], model(x[1:, :17]).logits[0])
 
 
-def test_autocast_and_bfloat16_weights_compute_in_half_precision():
+def test_autocast_and_bfloat16_weights_compute_in_half_precision(monkeypatch):
     register(*DILATED)
+    attend, dtypes = attention.agreed_attention, set()
+
+    def attend_and_note(q, k, v, *others, **named):
+        dtypes.update(x.dtype for x in (q, k, v))
+        return attend(q, k, v, *others, **named)
+
+    monkeypatch.setattr(attention, "agreed_attention", attend_and_note)
     model, x = model_of("qwen3").eval(), tokens(1, 40)
     wanted = model(x).logits
+    assert dtypes == {torch.float32}
+    dtypes.clear()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(x).logits.float(), wanted, atol=0.5, rtol=0.1)
+    assert dtypes == {torch.bfloat16}
     half = model.to(torch.bfloat16)(x).logits
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), wanted, atol=0.5, rtol=0.1)
@@ -175,6 +191,9 @@ def cached(model, kind):
         ("before others", lambda m: m.eval().generate(X, attention_mask=left_padded().flip(1), max_new_tokens=2)),
         ("attention mask of one's own", lambda m: m(X, attention_mask=torch.zeros(2, 1, 20, 20))),
         ("packed", lambda m: m(X, position_ids=torch.arange(20).remainder(10)[None], use_cache=False)),
+        ("packed", lambda m: m(X, position_ids=torch.arange(20).remainder(10)[None])),
+        ("packed", lambda m: m(X, position_ids=torch.tensor([[*range(18), 0, 1]]), attention_mask=torch.ones_like(X))),
+        ("packed", lambda m: m(X, position_ids=torch.stack((torch.arange(20), torch.arange(20).remainder(18))))),
         ("packed", lambda m: m(X, cu_seq_lens_q=torch.tensor([0, 10, 20]))),
         ("output_attentions", lambda m: m(X, output_attentions=True)),
         ("DynamicCache", lambda m: cached(m, StaticCache)),
@@ -187,6 +206,33 @@ def test_what_dilated_attention_cannot_honour_is_an_error(words, call):
 
 def test_a_cache_that_forgets_what_is_before_a_window_is_an_error_where_layers_have_none():
     refused("DynamicCache", lambda model: model.generate(X, max_new_tokens=2), sliding_window=6)
+
+
+def test_positions_that_stay_at_zero_after_the_end_of_a_sequence_are_padding():
+    register(*DILATED)
+    model, mask = model_of("llama"), torch.ones_like(X)
+    mask[0, 15:] = 0
+    padded = model(X, attention_mask=mask, position_ids=(mask.cumsum(1) - 1) * mask).logits
+    torch.testing.assert_close(padded[0, :15], model(X).logits[0, :15])
+
+
+def test_values_that_are_not_as_wide_as_keys_are_an_error():
+    from transformers import DeepseekV3Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    register(*DILATED)
+    config = DeepseekV3Config(**sizes, **ranks, num_key_value_heads=4, vocab_size=61, first_k_dense_replace=1)
+    with pytest.raises(ConfigError, match="DeepseekV3Attention they are 12 and 16 wide"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="longnet")(X)
+
+
+def test_a_model_all_of_whose_layers_have_a_window_is_warned_of_once(caplog):
+    register(*DILATED)
+    for family, changes in (("gemma3", {}), ("mistral", {"sliding_window": 7}), ("mistral", {"sliding_window": 7})):
+        model_of(family, **changes)(X)
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "longnet_hpc")
+    assert line.startswith("all layers of this mistral have a sliding window of 7 tokens")
 
 
 def test_dropout_of_attention_weights_is_an_error_in_training_alone():
@@ -232,7 +278,7 @@ def test_gradient_through_a_cache_is_an_error():
     register(*DILATED)
     model, cache = model_of("llama"), DynamicCache()
     model(X, cache=cache)
-    with pytest.raises(ShapeError, match="no gradient"):
+    with pytest.raises(ShapeError, match=r"no gradient.*torch\.no_grad\(\)"):
         model(X, cache=cache)
 
 
@@ -265,6 +311,20 @@ def test_example_gives_a_model_a_longer_context(tmp_path, capsys):
     assert after < before
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longnet")
     assert model.config.max_position_embeddings == 512
+
+
+def test_example_says_in_one_line_what_it_cannot_do(tmp_path, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "examples" / "hugging_face.py"))
+    text = tmp_path / "short.txt"
+    text.write_text("short")
+    with pytest.raises(SystemExit):
+        example["main"](["--context", "32", "--text", str(text), "--output", str(tmp_path)])
+    assert "at least one sequence of 256 tokens" in capsys.readouterr().err
+    model_of("llama, yarn", "sdpa").save_pretrained(tmp_path / "yarn")
+    example["main"].__globals__["AutoTokenizer"] = SimpleNamespace(from_pretrained=lambda folder: None)
+    with pytest.raises(SystemExit):
+        example["main"](["--model", str(tmp_path / "yarn"), "--output", str(tmp_path)])
+    assert "must have rope_type 'default', got 'yarn'" in capsys.readouterr().err
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,6 +12,7 @@ from longnet_hpc import LongNet, LongNetConfig, load_model
 from longnet_hpc.errors import CheckpointError, ConfigError, ShapeError
 from longnet_hpc.generate import generate
 from longnet_hpc.integrations.transformers import LongNetForCausalLM, LongNetPretrainedConfig, own_slice
+from longnet_hpc.positions import longest_xpos
 
 SIZES = {
     "vocab_size": 61, "layers": 2, "embed_dim": 32, "heads": 4, "kv_heads": 2,
@@ -108,6 +109,24 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(positions):
         torch.testing.assert_close(torch.cat(parts, dim=1), model(x).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_the_former_name_of_the_cache_is_taken_and_warned_of():
+    model, x, cache = model_of(), tokens(1, 30), DynamicCache()
+    with torch.no_grad():
+        model(x[:, :20], cache=cache)
+        with pytest.warns(FutureWarning, match="Use `cache`"):
+            last = model(x[:, 20:], past_key_values=cache, output_attentions=False, head_mask=None).logits
+        torch.testing.assert_close(last, model(x).logits[:, 20:], atol=1e-5, rtol=1e-5)
+
+
+def test_xpos_with_a_cache_reaches_as_far_as_the_dtype_of_autocast_lets_it():
+    model = model_of(positions="xpos", layers=1)
+    x = tokens(1, longest_xpos(torch.float16) + 1)
+    with torch.no_grad():
+        model(x)
+        with torch.autocast("cpu", torch.float16), pytest.raises(ConfigError, match="reaches 2266 tokens, got 2267"):
+            model(x)
+
+
 def test_padding_on_the_right_changes_no_token_before_it():
     model, x = model_of(), tokens(2, 30)
     mask = torch.ones_like(x)
@@ -123,6 +142,10 @@ def test_padding_on_the_right_changes_no_token_before_it():
         ("position_ids", lambda m, x: m(x, position_ids=torch.arange(1, 11)[None])),
         ("output_attentions", lambda m, x: m(x, output_attentions=True)),
         ("inputs_embeds", lambda m, x: m(x, inputs_embeds=torch.ones(2, 10, 32))),
+        ("inputs_embedding is not", lambda m, x: m(x, inputs_embedding=0)),
+        ("cu_seq_lens_q is not", lambda m, x: m(x, cu_seq_lens_q=torch.tensor([0, 5, 10]))),
+        ("position_ids", lambda m, x: m(x, position_ids=torch.arange(9)[None])),
+        ("shift_labels must be shaped", lambda m, x: m(x, labels=x, shift_labels=x[:, 1:])),
         ("DynamicCache", lambda m, x: m(x, cache=StaticCache(config=m.config, max_cache_len=20))),
     ],
 )

@@ -72,19 +72,29 @@ def main(words=None):
     parser.add_argument("--factor", type=int, default=8, help="how many times as long the context becomes (default: 8)")
     parser.add_argument("--ratio", type=int, default=4, help="how much longer and sparser each branch is (default: 4)")
     parser.add_argument("--steps", type=int, default=20, help="training steps (default: 20)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="of training (default: 1e-3 for the small Llama, 2e-5 for a model of yours)"
+    )
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate (default: 64)")
     parser.add_argument("--output", type=Path, default=Path("runs/hugging_face"), help="folder of the longer model")
     options = parser.parse_args(words)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model) if options.model else None
     model = AutoModelForCausalLM.from_pretrained(options.model) if options.model else small_llama(options.context)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if (kind := rope.get("rope_type")) != "default":  # which YaRN would silently take the place of
+        parser.error(f"the positions of {options.model} must have rope_type 'default', got {kind!r}")
     longer = with_longer_context(model, options.factor, options.ratio)
     texts = [path.read_text() for path in options.text or [Path(inspect.getsourcefile(argparse))]]
-    x = sequences(texts, tokenizer, longer.config.max_position_embeddings)
+    length = longer.config.max_position_embeddings
+    x = sequences(texts, tokenizer, length)
+    if len(x) == 0:
+        parser.error(f"--text must have at least one sequence of {length} tokens, {options.factor} times the context")
+    learning_rate = options.learning_rate or (2e-5 if options.model else 1e-3)
 
     before = loss_of_last_quarter(longer, x[:1])
     arguments = TrainingArguments(
-        str(options.output), max_steps=options.steps, per_device_train_batch_size=1, learning_rate=1e-3,
+        str(options.output), max_steps=options.steps, per_device_train_batch_size=1, learning_rate=learning_rate,
         logging_steps=max(1, options.steps // 5), save_strategy="no", report_to=[], activation_checkpointing=True,
     )  # fmt: skip
     Trainer(longer, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in x]).train()

@@ -1,4 +1,4 @@
-"""Dilated attention under a name that `attn_implementation` takes, for any decoder of `transformers`.
+"""Dilated attention under a name that `attn_implementation` takes, for decoders of `transformers`.
 
 The library asks for a mask once a forward pass, then each layer for its attention, with keys and values that may come
 from a cache. Here no mask is ever made. What one would have said and dilated attention cannot honour is an error; where
@@ -7,8 +7,9 @@ ranks share a sequence, it takes the place of the mask, and is raised by the fir
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +31,16 @@ if TYPE_CHECKING:
 
 __all__ = ["padding_error", "register"]
 
+_PACKED = (
+    "packed sequences are not supported with models of transformers: give each a row of the batch, or pass cu_seqlens "
+    "to longnet_hpc.dilated_attention in a model of your own"
+)
 _REFUSED = {
     "softcap": "softcapping is not supported by dilated attention: set the model's attn_logit_softcapping to None",
     "s_aux": "attention sinks are not supported by dilated attention",
     "position_bias": "a bias on the scores is not supported by dilated attention",
     "head_mask": "head_mask is not supported by dilated attention",
-    "cu_seq_lens_q": "packed sequences are not supported by dilated attention: give each a row of the batch",
+    "cu_seq_lens_q": _PACKED,
     "output_attentions": "output_attentions is not supported: the weights of dilated attention never exist",
 }
 """Arguments of attention that must be absent, None or False, and what to say of them."""
@@ -52,8 +57,8 @@ def register(
     """Add dilated attention to the attention implementations of `transformers`.
 
     Afterwards ``attn_implementation="longnet"`` when a model is made, or ``model.set_attn_implementation("longnet")``,
-    lets every attention layer of a decoder look at the grids of this pattern. Positions, their scaling, grouped queries
-    and the cache of keys and values stay the model's.
+    lets every attention layer of a decoder look at the grids of this pattern, if its values are as wide as its keys.
+    Positions, their scaling, grouped queries and the cache of keys and values stay the model's.
 
     Parameters
     ----------
@@ -79,8 +84,10 @@ def register(
     -----
     A model then raises `ConfigError` for what dilated attention cannot honour: padding on the left and other masks,
     packed sequences, attention sinks, softcapping, dropout of attention weights, ``output_attentions``, static caches.
-    Sequences padded on the right are computed; what comes out at the padding means nothing. Layers with a sliding
-    window keep it, on one rank.
+    Packed sequences are known by ``cu_seq_lens_q`` or by ``position_ids`` that begin again, to which a graph of
+    `torch.compile` is blind when there is a cache or a mask of padding. Sequences padded on the right are computed;
+    what comes out at the padding means nothing. Layers with a sliding window keep it, on one rank; if all have one,
+    which leaves nothing to this pattern, a warning is logged once.
     """
     pattern = Pattern.from_lists(segment_lengths, dilation_rates)
     if backend != "auto" and backend not in BACKENDS:
@@ -150,7 +157,24 @@ def _window(
             return ConfigError("ranks that share a sequence take no attention_mask: leave it out; padding needs none")
         if (error := padding_error(attention_mask)) is not None:
             return error
-    return local_size if is_window else None
+    if not is_window:
+        return None
+    kinds = getattr(config, "layer_types", None) or ()
+    if all(kind == "sliding_attention" for kind in kinds) and not torch.compiler.is_compiling():
+        assert local_size is not None
+        _warn_of_windows(config.model_type, local_size)
+    return local_size
+
+
+@cache
+def _warn_of_windows(model_type: str, window: int) -> None:
+    """Say, once, that a model leaves nothing to dilated attention."""
+    logging.getLogger("longnet_hpc").warning(
+        "all layers of this %s have a sliding window of %d tokens and keep it, so that none attends by the pattern: "
+        "set sliding_window to None in its config for that",
+        model_type,
+        window,
+    )
 
 
 def padding_error(attention_mask: torch.Tensor) -> ConfigError | None:
@@ -213,6 +237,14 @@ def _attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     error = _refusal(module, attention_mask, dropout, others)
+    if error is None and value.shape[3] != key.shape[3]:
+        error = ConfigError(
+            f"longnet needs values as wide as keys, but in {type(module).__name__} they are {value.shape[3]} and "
+            f"{key.shape[3]} wide"
+        )
+    is_first = getattr(module, "layer_idx", None) in (None, 0)  # the others are given the same positions
+    if error is None and is_first and _is_packed(others.get("position_ids")):
+        error = ConfigError(f"position_ids begin again: {_PACKED}")
     shared, continued = rank_and_size(comm)[1] > 1, query.shape[2] < key.shape[2]
     if shared and error is None:
         if continued:
@@ -254,6 +286,14 @@ def _refusal(
         )
     asked = (key for key in _REFUSED if others.get(key) is not None and others[key] is not False)
     return next((ConfigError(_REFUSED[key]) for key in asked), None)
+
+
+def _is_packed(position_ids: torch.Tensor | None) -> bool:
+    """Return whether positions ``(batch, new tokens)`` begin again; those that stay at 0 after that are of padding."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] == 1 or torch.compiler.is_compiling():
+        return False
+    steps = position_ids.diff(dim=1)
+    return bool(((steps <= 0).cumsum(dim=1) * (steps > 0)).any())
 
 
 def _misplaced(comm: MPI.Comm | None, local_len: int, position_ids: torch.Tensor | None) -> ConfigError | None:

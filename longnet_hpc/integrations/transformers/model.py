@@ -6,6 +6,7 @@ Importing this registers both with the auto classes: ``AutoModelForCausalLM.from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from longnet_hpc.checkpoint import Checkpoint, DataOrder, save_checkpoint
@@ -34,9 +36,12 @@ from longnet_hpc.integrations.transformers.attention import padding_error
 from longnet_hpc.load import load_model
 from longnet_hpc.model import Block, LongNet
 from longnet_hpc.positions import longest_xpos
-from longnet_hpc.sequence_plan import SequencePlan
+from longnet_hpc.sequence_plan import Plan, SequencePlan
 
 __all__ = ["LongNetForCausalLM", "LongNetPretrainedConfig"]
+
+_OF_LOSS = ("shift_labels", "num_items_in_batch", "ignore_index")
+"""Arguments of a model that go to the loss of `transformers`."""
 
 
 class LongNetPretrainedConfig(PreTrainedConfig):
@@ -169,6 +174,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         self.longnet.config = self.config.to_longnet()
         return embedding
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -201,53 +207,53 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep : int or torch.Tensor
             For how many of the last positions, or for which, logits are computed; 0 for all.
         plan : SequencePlan, optional
-            Who owns which tokens, where ranks share a sequence.
+            Who owns which tokens, where ranks share a sequence; `own_slice` makes one of a pattern.
         **others
-            What the loss of `transformers` takes: ``shift_labels``, ``num_items_in_batch``.
+            What the loss of `transformers` takes: ``shift_labels``, ``num_items_in_batch``, ``ignore_index``.
 
         Raises
         ------
         ConfigError
-            If an argument cannot be honoured.
+            If an argument cannot be honoured, or is not known and neither None nor False. All ranks of a plan raise it.
         ShapeError
             If the tokens are not two-dimensional integers within the vocabulary.
         """
-        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
-            given = others.pop(name, None)
-            if given is not None and given is not False:
-                raise ConfigError(f"{name} is not supported by {type(self).__name__}")
-        if attention_mask is not None and (error := padding_error(attention_mask)) is not None:
-            raise error
         wants_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and wants_cache and plan is None:
             cache = DynamicCache(config=self.config)
-        if cache is not None and plan is not None:
-            raise ConfigError("ranks that share a sequence have no cache: pass use_cache=False")
-        its_plan = plan if cache is None else self._plan_of(cache, input_ids.shape[-1])
-        start = 0 if its_plan is None else its_plan.start
-        if position_ids is not None:
-            expected = torch.arange(start, start + input_ids.shape[-1], device=position_ids.device)
-            if not bool((position_ids == expected).all()):
-                raise ConfigError(
-                    f"position_ids must count from {start} on, the tokens before; packing is not supported"
-                )
+        its_plan: Plan | None = plan
+        error = _refusal(input_ids, attention_mask, labels, others)
+        if error is None and cache is not None:
+            try:
+                its_plan = self._plan_of(cache, input_ids, plan)
+            except ConfigError as caught:
+                error = caught
+        if error is None:
+            error = _misplaced(position_ids, 0 if its_plan is None else its_plan.start, input_ids.shape[-1])
+        if error is not None:
+            if plan is not None:  # other ranks learn of it where they agree with this one
+                plan.agree({}, error)
+            raise error
         self.longnet.activation_checkpointing = self.gradient_checkpointing and self.training
         seed = int(torch.randint(2**31, ())) if self.training and self.config.dropout > 0 else 0
         hidden = self.longnet.hidden(input_ids, its_plan, dropout_seed=seed)
         logits = self.longnet.logits(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **others)
+            of_loss = {name: others[name] for name in _OF_LOSS if name in others}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
-    def _plan_of(self, cache: Cache, new: int) -> ContinuedPlan:
+    def _plan_of(self, cache: Cache, input_ids: torch.Tensor, plan: SequencePlan | None) -> ContinuedPlan:
         """Return the plan of tokens that follow those of a cache."""
-        start = cache.get_seq_length()
+        if plan is not None:
+            raise ConfigError("ranks that share a sequence have no cache: pass use_cache=False")
+        start, new = cache.get_seq_length(), input_ids.shape[-1]
         if not isinstance(start, int) or cache.is_compileable:
             raise ConfigError("LongNet needs a cache that grows with the sequence: use the default DynamicCache")
         seq_len = start + new
         if self.config.positions == "xpos":  # whose scale must have one origin in all calls
-            seq_len = longest_xpos(self.dtype)
+            seq_len = longest_xpos(self.longnet.computed_in(input_ids.device))
             if start + new > seq_len:
                 raise ConfigError(
                     f"xPos with a cache reaches {seq_len} tokens, got {start + new}; pass use_cache=False"
@@ -290,6 +296,36 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             corpus_tokens=0, corpus_hash="", seq_len=max(config.segment_lengths), batch_size=1, seed=0, shuffle=False
         )
         return save_checkpoint(Path(folder), Checkpoint(0, 0, order, to_table(config), weights))
+
+
+def _refusal(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    others: Mapping[str, Any],
+) -> ConfigError | None:
+    """Return what is wrong with the arguments of a model, if anything is."""
+    for name, given in others.items():
+        if name not in _OF_LOSS and given is not None and given is not False:
+            return ConfigError(f"{name} is not supported by LongNetForCausalLM")
+    for name, targets in (("labels", labels), ("shift_labels", others.get("shift_labels"))):
+        if targets is not None and targets.shape != input_ids.shape:
+            return ConfigError(f"{name} must be shaped {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
+    return None if attention_mask is None else padding_error(attention_mask)
+
+
+def _misplaced(position_ids: torch.Tensor | None, start: int, new: int) -> ConfigError | None:
+    """Return what is wrong with positions, which have to count on from ``start``."""
+    if position_ids is None:
+        return None
+    expected = torch.arange(start, start + new, device=position_ids.device)
+    if position_ids.shape[-1] == new and bool((position_ids == expected).all()):
+        return None
+    first = int(position_ids.flatten()[0]) if position_ids.numel() else "nothing"
+    return ConfigError(
+        f"position_ids must be the {new} that count from {start} on, the tokens before, but begin at {first} here or "
+        "do not count on; packing is not supported, and ranks that share a sequence need plan=, see own_slice"
+    )
 
 
 AutoConfig.register(LongNetPretrainedConfig.model_type, LongNetPretrainedConfig, exist_ok=True)

@@ -9,6 +9,8 @@ import torch
 from longnet_hpc.comm import rank_and_size
 from longnet_hpc.errors import ShapeError
 from longnet_hpc.partition import Partition
+from longnet_hpc.pattern import Pattern
+from longnet_hpc.sequence_plan import SequencePlan
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -20,8 +22,12 @@ _IGNORED = -100
 
 
 def own_slice(
-    input_ids: torch.Tensor, comm: MPI.Comm | None, *, labels: torch.Tensor | None = None
-) -> dict[str, torch.Tensor | int | bool]:
+    input_ids: torch.Tensor,
+    comm: MPI.Comm | None,
+    *,
+    labels: torch.Tensor | None = None,
+    pattern: Pattern | None = None,
+) -> dict[str, torch.Tensor | int | bool | SequencePlan]:
     """Return this rank's part of a batch, as arguments of a causal language model of `transformers`.
 
     Parameters
@@ -33,13 +39,16 @@ def own_slice(
     labels : torch.Tensor, optional
         Shaped as the tokens, label i for token i as everywhere in `transformers`, which predicts it from the tokens
         before it; -100 is left out.
+    pattern : Pattern, optional
+        For `LongNetForCausalLM`, which knows of the ranks by a plan alone: ``model.longnet.config.pattern``. Collective
+        then.
 
     Returns
     -------
     dict
         ``input_ids``, ``position_ids`` and ``use_cache``; with labels also ``labels``, ``shift_labels`` and
-        ``num_items_in_batch``. The loss is then this rank's share: the sum over ranks is the loss of the whole batch,
-        and the sum of their gradients its gradient.
+        ``num_items_in_batch``; with a pattern also ``plan``. The loss is then this rank's share: the sum over ranks is
+        the loss of the whole batch, and the sum of their gradients its gradient.
 
     Raises
     ------
@@ -54,7 +63,7 @@ def own_slice(
     owned = Partition.even(input_ids.shape[1], size).slice_of(rank)
     own = slice(owned.start, owned.stop)
     position_ids = torch.arange(owned.start, owned.stop, device=input_ids.device).unsqueeze(0)
-    result: dict[str, torch.Tensor | int | bool] = {
+    result: dict[str, torch.Tensor | int | bool | SequencePlan] = {
         "input_ids": input_ids[:, own],
         "position_ids": position_ids,
         "use_cache": False,
@@ -71,4 +80,6 @@ def own_slice(
             "shift_labels": following[:, own].contiguous(),
             "num_items_in_batch": count,
         }
+    if pattern is not None:
+        result["plan"] = SequencePlan.build(pattern, len(owned), comm=comm, device=input_ids.device)
     return result

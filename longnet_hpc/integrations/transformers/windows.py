@@ -34,8 +34,6 @@ def window_attention(
     torch.Tensor
         Shaped as ``query``.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     new, past = query.shape[2], key.shape[2] - query.shape[2]
     near = min(new, window)
     seen = slice(max(0, past - window + 1), past + near)
@@ -58,6 +56,8 @@ def _banded(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scale: float | None
 ) -> torch.Tensor:
     """Attend within a window; the last query is the last key."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))  # of these few; any kernel then fits
     rows = torch.arange(query.shape[2], device=query.device)[:, None] + (key.shape[2] - query.shape[2])
     columns = torch.arange(key.shape[2], device=query.device)
     mask = (columns <= rows) & (columns > rows - window)
