@@ -443,7 +443,7 @@ EXECUTING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "m
 
 
 def test_nothing_in_a_file_is_ever_executed():
-    """The package opens no file with what can run code: no pickle, no torch.load, no numpy.load, no eval."""
+    """The package opens no file with what can run code: no pickle, numpy.load or eval; torch.load of weights only."""
     found = []
     for path in sorted((ROOT / "longnet_hpc").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -452,15 +452,15 @@ def test_nothing_in_a_file_is_ever_executed():
                 names = [alias.name.partition(".")[0] for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [(node.module or "").partition(".")[0]]
+            if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] == ["PickleError"]:
+                names = []  # what reading weights raises
             bad = set(names) & EXECUTING
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 last = called.rpartition(".")[2]
-                if called in ("eval", "exec", "compile", "__import__") or called in (
-                    "torch.load",
-                    "np.load",
-                    "numpy.load",
-                ):
+                if called in ("eval", "exec", "compile", "__import__", "np.load", "numpy.load"):
+                    bad.add(called)
+                if called == "torch.load" and "weights_only=True" not in map(ast.unparse, node.keywords):
                     bad.add(called)
                 if last in ("load_module", "literal_eval") or any(word.arg == "allow_pickle" for word in node.keywords):
                     bad.add(called)

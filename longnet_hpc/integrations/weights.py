@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _OF_TORCH = (
     AssertionError,
     OverflowError,
     struct.error,
-    pickle.PickleError,
+    PickleError,
 )
 """What `torch.load` raises over a file that is damaged, or has more in it than tensors."""
 _MOST_NAMED = 4
