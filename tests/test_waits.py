@@ -10,17 +10,17 @@ def test_waits_are_told_apart_by_when_the_source_had_started():
     """Rank 1 is idle from 0 on and has its rows at 6; rank 0 gives them to MPI at 4."""
     first = [Flight(FORWARD, (), 4.0, math.inf, 4.5), Flight(BACK, (1,), 20.0, 21.0, 23.0)]
     second = [Flight(FORWARD, (0,), -1.0, 0.0, 6.0), Flight(BACK, (), 15.0, math.inf, 15.5)]
-    assert waits_of([first, second]) == [Wait(0.0, 2.0), Wait(4.0, 2.0)]
+    assert waits_of([first, second]) == [Wait(0.0, 2.0, 2.0), Wait(4.0, 2.0, 2.0)]
 
 
 def test_no_wait_where_the_device_had_something_to_do():
     flights = [[Flight(FORWARD, (), 0.0, math.inf, 1.0)], [Flight(FORWARD, (0,), 0.0, math.inf, 5.0)]]
-    assert waits_of(flights) == [Wait(0.0, 0.0)] * 2
+    assert waits_of(flights) == [Wait(0.0, 0.0, 0.0)] * 2
 
 
 def test_rank_later_than_the_whole_wait_is_late_for_all_of_it():
     flights = [[Flight(FORWARD, (), 7.0, math.inf, 7.0)], [Flight(FORWARD, (0,), 0.0, 1.0, 6.0)]]
-    assert waits_of(flights)[1] == Wait(5.0, 0.0)
+    assert waits_of(flights)[1] == Wait(5.0, 0.0, 0.0)
 
 
 def test_times_are_those_of_the_first_clock_even_if_another_runs_faster():
@@ -33,6 +33,31 @@ def test_times_are_those_of_the_first_clock_even_if_another_runs_faster():
 
 
 def test_hidden_is_what_the_rank_that_waits_most_was_spared():
-    waits = [Wait(9.0, 0.2), Wait(0.0, 0.5)]
+    waits = [Wait(9.0, 7.0, 0.2), Wait(0.0, 7.0, 0.5)]
     assert hidden_fraction(waits, [0.4, 0.0], 2.0, on_gpu=True) == 0.75
     assert hidden_fraction(waits, [0.4, 0.0], 2.0, on_gpu=False) == 0.7
+
+
+def _layers(count: int, local: float, ahead: float, transfer: float) -> list[list[Flight]]:
+    """Rank 1 needs rows of rank 0 in each layer, which rank 0 starts every 10; idle after ``local`` of the layer."""
+    first, second, begin = [], [], -ahead
+    for layer in range(count):
+        key, there = (layer, Branch(8, 2), (0, 1), False), 10.0 * layer + transfer
+        first.append(Flight(key, (), 10.0 * layer, math.inf, 10.0 * layer))
+        idle_since = begin + local if begin + local < there else math.inf
+        second.append(Flight(key, (0,), begin, idle_since, max(there, begin + local)))
+        begin = max(there, begin + local) + 1.0
+    return [first, second]
+
+
+def test_rows_under_way_are_exposed_once_where_each_layer_waits_for_the_same_late_rank():
+    wait = waits_of(_layers(5, local=4.0, ahead=6.0, transfer=0.5))[1]
+    assert math.isclose(wait.under_way, 5 * 0.5)
+    assert math.isclose(wait.exposed, 0.5)
+
+
+def test_rows_under_way_are_exposed_each_time_where_nobody_is_late():
+    """Both go through layers at the same pace, and each waits for the rows of the other."""
+    key = [(layer, Branch(8, 2), (0, 1), False) for layer in range(5)]
+    its = [[Flight(key[i], (1 - rank,), 3.0 * i, 3.0 * i + 1, 3.0 * i + 3) for i in range(5)] for rank in (0, 1)]
+    assert [(wait.late, wait.under_way, wait.exposed) for wait in waits_of(its)] == [(0.0, 10.0, 10.0)] * 2

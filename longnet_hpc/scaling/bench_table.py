@@ -56,7 +56,7 @@ def _seconds(point: Row, results: Row) -> str:
 def _exchange(point: Row, results: Row) -> str:
     if "hidden_fraction" not in results:
         return "-"
-    told = (results[f"exchange_{what}_seconds"] * 1e3 for what in ("alone", "late", "under_way"))
+    told = (results[f"exchange_{what}_seconds"] * 1e3 for what in ("alone", "late", "exposed"))
     return " / ".join(f"{milliseconds:,.2f}" for milliseconds in told)
 
 
@@ -75,7 +75,7 @@ _FIRST: list[_Column] = [
 ]
 _LAST: list[_Column] = [
     ("gradient s", _number("gradient_seconds", 1, 3)),
-    ("exchange ms: alone / late / under way", _exchange),
+    ("exchange ms: alone / late / exposed", _exchange),
     ("hidden %", _number("hidden_fraction", 100, 0)),
     ("MB / least", _received),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -86,10 +87,10 @@ class Overlap:
         """Return what records say of exchanges, the same on all ranks. Collective over the ranks of the point.
 
         Time that the slowest rank spent in MPI to start and drive them, and had nothing to compute and waited for them:
-        of that for ranks that were late, which no exchange can help. For rows on their way waits whichever rank waits
-        most; that is compared with what they take alone, on whichever rank that is most, and what is spared is
-        ``hidden_fraction``, as in OSU's benchmarks of overlap. On a CPU driving them counts as well; a GPU goes on
-        computing meanwhile.
+        of that for ranks that were late, which no exchange can help. What rows under way cost is how much sooner
+        the ranks had come through, had rows taken no time, on whichever rank that is most; it is compared with what
+        exchanges take alone, on whichever rank that is most, and what is spared is ``hidden_fraction``, as in OSU's
+        benchmarks of overlap. On a CPU driving them counts as well; a GPU goes on computing meanwhile.
 
         Parameters
         ----------
@@ -118,7 +119,7 @@ class Overlap:
             return results
         rounds = [waits_of(of_round) for of_round in zip(*(its[5] for its in answers), strict=True)]
         waits = [
-            Wait(statistics.median(its.late for its in of_rank), statistics.median(its.under_way for its in of_rank))
+            Wait(*(statistics.median(column) for column in zip(*map(astuple, of_rank), strict=True)))
             for of_rank in zip(*rounds, strict=True)
         ]
         driven = [its[3] for its in answers]
@@ -129,6 +130,7 @@ class Overlap:
             "exchange_waited_seconds": answers[slowest_rank][4],
             "exchange_late_seconds": waits[slowest_rank].late,
             "exchange_under_way_seconds": max(its.under_way for its in waits),
+            "exchange_exposed_seconds": max(its.exposed for its in waits),
             "hidden_fraction": hidden_fraction(waits, driven, alone, on_gpu=x.is_cuda),
         }
 

@@ -39,7 +39,11 @@ class Wait:
     late: float
     """For ranks that had not given their rows to MPI yet."""
     under_way: float
-    """For rows that were on their way: what computing did not hide."""
+    """For rows that were on their way."""
+    exposed: float
+    """How much sooner the rank would have come through, had rows taken no time at all: what computing did not hide.
+    Less than ``under_way``, where every wait is for the same late rank: rows that had come sooner would have meant to
+    wait longer for the next."""
 
 
 class FlightLog:
@@ -111,23 +115,36 @@ def hidden_fraction(waits: Sequence[Wait], driven: Sequence[float], alone: float
     on_gpu : bool
         Whether a GPU computes.
     """
-    spent = (its.under_way + (0.0 if on_gpu else time) for its, time in zip(waits, driven, strict=True))
+    spent = (its.exposed + (0.0 if on_gpu else time) for its, time in zip(waits, driven, strict=True))
     return 1 - max(spent) / alone
 
 
 def waits_of(flights: Sequence[Iterable[Flight]]) -> list[Wait]:
-    """Return what each rank waited for, from the flights of each in times of one clock."""
+    """Return what each rank waited for, from the flights of each in times of one clock.
+
+    What is exposed comes from going through the flights again as if rows took no time: each rank gains what it waited
+    for rows under way, but must then wait for ranks that are late, which have gained as well. Where a device was busy
+    until its rows were there, how long it was idle without them is not known; nothing is taken from the gain then, so
+    that it is an upper bound.
+    """
     started = {(flight.key, rank): flight.started for rank, its in enumerate(flights) for flight in its}
-    waits = []
-    for its in flights:
-        late = under_way = 0.0
-        for flight in its:
-            idle_since, finished = flight.idle_since, flight.finished
-            if idle_since >= finished:  # infinity, if the device had something to do all along
-                continue
-            there = max((started[flight.key, source] for source in flight.sources), default=-math.inf)
-            for_late = min(max(there, idle_since), finished) - idle_since
-            late += for_late
-            under_way += finished - idle_since - for_late
-        waits.append(Wait(late, under_way))
-    return waits
+    late, under_way, gain = ([0.0] * len(flights) for _ in range(3))
+    gain_at_start: dict[tuple[object, int], float] = {}
+    events = [(flight.finished, False, rank, flight) for rank, its in enumerate(flights) for flight in its]
+    events += [(flight.started, True, rank, flight) for rank, its in enumerate(flights) for flight in its]
+    for _, is_start, rank, flight in sorted(events, key=lambda event: event[:3]):
+        if is_start:
+            gain_at_start[flight.key, rank] = gain[rank]
+            continue
+        idle_since, finished = flight.idle_since, flight.finished
+        if idle_since >= finished:  # infinity, if the device had something to do all along
+            continue
+        there = max((started[flight.key, source] for source in flight.sources), default=-math.inf)
+        for_late = min(max(there, idle_since), finished) - idle_since
+        late[rank] += for_late
+        under_way[rank] += finished - idle_since - for_late
+        sooner = (
+            started[flight.key, source] - gain_at_start.get((flight.key, source), 0.0) for source in flight.sources
+        )
+        gain[rank] = max(0.0, finished - max(idle_since - gain[rank], max(sooner, default=-math.inf)))
+    return [Wait(*its) for its in zip(late, under_way, gain, strict=True)]
