@@ -1,44 +1,51 @@
 import math
 
+import pytest
+
 from longnet_hpc.pattern import Branch
-from longnet_hpc.scaling.waits import Flight, Wait, hidden_fraction, on_first_clock, waits_of
+from longnet_hpc.scaling.waits import Flight, FlightsOfRound, Wait, hidden_fraction, on_first_clock, waits_of
 
 FORWARD, BACK = (1, Branch(8, 2), (0, 1), False), (1, Branch(8, 2), (0, 1), True)
+
+
+def seen(flights: list[list[Flight]], *computed: float) -> list[FlightsOfRound]:
+    return [FlightsOfRound(its, when) for its, when in zip(flights, computed or (30.0, 30.0), strict=True)]
 
 
 def test_waits_are_told_apart_by_when_the_source_had_started():
     """Rank 1 is idle from 0 on and has its rows at 6; rank 0 gives them to MPI at 4."""
     first = [Flight(FORWARD, (), 4.0, math.inf, 4.5), Flight(BACK, (1,), 20.0, 21.0, 23.0)]
     second = [Flight(FORWARD, (0,), -1.0, 0.0, 6.0), Flight(BACK, (), 15.0, math.inf, 15.5)]
-    assert waits_of([first, second]) == [Wait(0.0, 2.0, 2.0), Wait(4.0, 2.0, 2.0)]
+    assert waits_of(seen([first, second])).of_rank == [Wait(0.0, 2.0), Wait(4.0, 2.0)]
 
 
 def test_no_wait_where_the_device_had_something_to_do():
     flights = [[Flight(FORWARD, (), 0.0, math.inf, 1.0)], [Flight(FORWARD, (0,), 0.0, math.inf, 5.0)]]
-    assert waits_of(flights) == [Wait(0.0, 0.0, 0.0)] * 2
+    waits = waits_of(seen(flights))
+    assert (waits.of_rank, waits.exposed) == ([Wait(0.0, 0.0)] * 2, 0.0)
 
 
 def test_rank_later_than_the_whole_wait_is_late_for_all_of_it():
     flights = [[Flight(FORWARD, (), 7.0, math.inf, 7.0)], [Flight(FORWARD, (0,), 0.0, 1.0, 6.0)]]
-    assert waits_of(flights)[1] == Wait(5.0, 0.0, 0.0)
+    waits = waits_of(seen(flights))
+    assert (waits.of_rank[1], waits.exposed) == (Wait(5.0, 0.0), 0.0)
 
 
 def test_times_are_those_of_the_first_clock_even_if_another_runs_faster():
     """The own clock is 100 s ahead in the beginning and gains 10% in 10 s."""
-    (flight,) = on_first_clock(
-        [Flight(FORWARD, (0,), 100.0, math.inf, 105.5)], (100 * 10**9, 0), (111 * 10**9, 10 * 10**9)
-    )
-    assert (flight.started, flight.idle_since) == (0.0, math.inf)
-    assert abs(flight.finished - 5.0) < 1e-9
+    its = FlightsOfRound([Flight(FORWARD, (0,), 100.0, math.inf, 105.5)], 111.0)
+    shared = on_first_clock(its, (100 * 10**9, 0), (111 * 10**9, 10 * 10**9))
+    assert (shared.flights[0].started, shared.flights[0].idle_since) == (0.0, math.inf)
+    assert math.isclose(shared.flights[0].finished, 5.0)
+    assert math.isclose(shared.computed, 10.0)
 
 
-def test_hidden_is_what_the_rank_that_waits_most_was_spared():
-    waits = [Wait(9.0, 7.0, 0.2), Wait(0.0, 7.0, 0.5)]
-    assert hidden_fraction(waits, [0.4, 0.0], 2.0, on_gpu=True) == 0.75
-    assert hidden_fraction(waits, [0.4, 0.0], 2.0, on_gpu=False) == 0.7
+def test_driving_exchanges_is_not_hidden_on_a_cpu():
+    assert hidden_fraction(0.5, 0.4, 2.0, on_gpu=True) == 0.75
+    assert hidden_fraction(0.5, 0.4, 2.0, on_gpu=False) == pytest.approx(0.55)
 
 
-def _layers(count: int, local: float, ahead: float, transfer: float) -> list[list[Flight]]:
+def layers(count: int, local: float, ahead: float, transfer: float) -> list[list[Flight]]:
     """Rank 1 needs rows of rank 0 in each layer, which rank 0 starts every 10; idle after ``local`` of the layer."""
     first, second, begin = [], [], -ahead
     for layer in range(count):
@@ -51,13 +58,20 @@ def _layers(count: int, local: float, ahead: float, transfer: float) -> list[lis
 
 
 def test_rows_under_way_are_exposed_once_where_each_layer_waits_for_the_same_late_rank():
-    wait = waits_of(_layers(5, local=4.0, ahead=6.0, transfer=0.5))[1]
-    assert math.isclose(wait.under_way, 5 * 0.5)
-    assert math.isclose(wait.exposed, 0.5)
+    waits = waits_of(seen(layers(5, local=4.0, ahead=6.0, transfer=0.5), 41.0, 41.5))
+    assert math.isclose(waits.of_rank[1].under_way, 5 * 0.5)
+    assert math.isclose(waits.exposed, 0.5)
+
+
+def test_rows_under_way_cost_nothing_where_the_rank_that_waited_is_not_the_last():
+    waits = waits_of(seen(layers(5, local=4.0, ahead=6.0, transfer=0.5), 50.0, 41.5))
+    assert math.isclose(waits.of_rank[1].under_way, 5 * 0.5)
+    assert waits.exposed == 0.0
 
 
 def test_rows_under_way_are_exposed_each_time_where_nobody_is_late():
     """Both go through layers at the same pace, and each waits for the rows of the other."""
     key = [(layer, Branch(8, 2), (0, 1), False) for layer in range(5)]
     its = [[Flight(key[i], (1 - rank,), 3.0 * i, 3.0 * i + 1, 3.0 * i + 3) for i in range(5)] for rank in (0, 1)]
-    assert [(wait.late, wait.under_way, wait.exposed) for wait in waits_of(its)] == [(0.0, 10.0, 10.0)] * 2
+    waits = waits_of(seen(its, 15.0, 15.0))
+    assert (waits.of_rank, waits.exposed) == ([Wait(0.0, 10.0)] * 2, 10.0)

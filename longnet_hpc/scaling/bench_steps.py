@@ -161,6 +161,7 @@ class StepsPoint:
             (summed / self._all_tokens).backward()
         with span("compute", "update"):
             flat = optimizer.flat_gradient()
+        self._overlap.computed()
         self._loss = float(all_reduce_sum(comm, summed.detach().double())) / self._all_tokens
         gradient = all_reduce_sum(comm, flat)
         with span("compute", "update"):
@@ -169,6 +170,7 @@ class StepsPoint:
     def _evaluate(self) -> None:
         with torch.no_grad(), self._compute.autocast(), span("compute", "forward"):
             summed = self._model.token_losses(self._inputs, self._targets, self._plan).sum(dtype=torch.float64)
+        self._overlap.computed()
         self._loss = float(all_reduce_sum(self._launch.comm, summed)) / self._all_tokens
 
     def _loss_in_chunks(self) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.partition import Partition
 from longnet_hpc.scaling.rounds import Rounds
-from longnet_hpc.scaling.waits import Flight, FlightLog, Wait, hidden_fraction, on_first_clock, waits_of
+from longnet_hpc.scaling.waits import FlightLog, FlightsOfRound, hidden_fraction, on_first_clock, waits_of
 from longnet_hpc.scaling.work import attention_work
 from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.trace_file import meet
@@ -62,24 +62,40 @@ class Overlap:
     def __init__(self, rounds: Rounds, plan: SequencePlan) -> None:
         self._rounds, self._plan = rounds, plan
         self._counted: list[tuple[float, float, int]] = []
-        self._flights: list[list[Flight]] = []
+        self._seen: list[FlightsOfRound] = []
+        self._computed: float | None = None
         self._log = FlightLog(plan.rank)
         self._began = meet(rounds.launch)
 
     def take(self, work: Callable[[], object], *, timed: bool) -> None:
         """Do a round. Collective over the ranks of the point."""
         plan, log = self._plan, self._log
+
+        def whole() -> None:
+            work()
+            self.computed()
+
+        self._computed = None
         driven, waited, received = plan.seconds_tested, plan.seconds_waited, plan.bytes_received
         plan.observer, log.flights = log, []
         try:
-            self._rounds.take(work, timed=timed)
+            self._rounds.take(whole, timed=timed)
         finally:
             plan.observer = None
         if timed:
-            self._flights.append(log.flights)
+            assert self._computed is not None
+            self._seen.append(FlightsOfRound(log.flights, self._computed))
             self._counted.append(
                 (plan.seconds_tested - driven, plan.seconds_waited - waited, plan.bytes_received - received)
             )
+
+    def computed(self) -> None:
+        """Take down that this rank is through with its part of a round; where all meet only at its end, `take` does."""
+        if self._computed is None:
+            device = self._rounds.launch.device
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self._computed = time.perf_counter()
 
     def results(
         self, model: LongNetConfig, x: torch.Tensor, *, layers: int, training: bool, slowest_rank: int
@@ -87,10 +103,10 @@ class Overlap:
         """Return what records say of exchanges, the same on all ranks. Collective over the ranks of the point.
 
         Time that the slowest rank spent in MPI to start and drive them, and had nothing to compute and waited for them:
-        of that for ranks that were late, which no exchange can help. What rows under way cost is how much sooner
-        the ranks had come through, had rows taken no time, on whichever rank that is most; it is compared with what
-        exchanges take alone, on whichever rank that is most, and what is spared is ``hidden_fraction``, as in OSU's
-        benchmarks of overlap. On a CPU driving them counts as well; a GPU goes on computing meanwhile.
+        of that for ranks that were late, which no exchange can help; and for rows under way, on whichever rank that is
+        most. What these cost is how much sooner all had come to the end, had rows taken no time; it is compared with
+        what exchanges take alone, on whichever rank that is most, and what is spared is ``hidden_fraction``, as in
+        OSU's benchmarks of overlap. On a CPU driving them counts as well; a GPU goes on computing meanwhile.
 
         Parameters
         ----------
@@ -111,27 +127,24 @@ class Overlap:
         driven, waited, received = (statistics.median(column) for column in zip(*self._counted, strict=True))
         alone = layers * self._alone(launch, model.heads, x, training=training)
         ended = meet(launch)
-        flights = [on_first_clock(its, self._began, ended) for its in self._flights]
-        answers = allgather_objects(launch.comm, (received, least, alone, driven, waited, flights))
+        seen = [on_first_clock(its, self._began, ended) for its in self._seen]
+        answers = allgather_objects(launch.comm, (received, least, alone, driven, waited, seen))
         received, least, alone, *_ = (max(column) for column in zip(*(its[:3] for its in answers), strict=True))
         results = {"bytes_received": int(received), "bytes_received_minimum": least}
         if not received:
             return results
         rounds = [waits_of(of_round) for of_round in zip(*(its[5] for its in answers), strict=True)]
-        waits = [
-            Wait(*(statistics.median(column) for column in zip(*map(astuple, of_rank), strict=True)))
-            for of_rank in zip(*rounds, strict=True)
-        ]
-        driven = [its[3] for its in answers]
+        exposed = statistics.median(its.exposed for its in rounds)
+        waits = list(zip(*(its.of_rank for its in rounds), strict=True))
         return {
             **results,
             "exchange_alone_seconds": alone,
-            "exchange_driven_seconds": driven[slowest_rank],
+            "exchange_driven_seconds": answers[slowest_rank][3],
             "exchange_waited_seconds": answers[slowest_rank][4],
-            "exchange_late_seconds": waits[slowest_rank].late,
-            "exchange_under_way_seconds": max(its.under_way for its in waits),
-            "exchange_exposed_seconds": max(its.exposed for its in waits),
-            "hidden_fraction": hidden_fraction(waits, driven, alone, on_gpu=x.is_cuda),
+            "exchange_late_seconds": statistics.median(its.late for its in waits[slowest_rank]),
+            "exchange_under_way_seconds": max(statistics.median(its.under_way for its in rank) for rank in waits),
+            "exchange_exposed_seconds": exposed,
+            "hidden_fraction": hidden_fraction(exposed, max(its[3] for its in answers), alone, on_gpu=x.is_cuda),
         }
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from longnet_hpc.comm.buffers import Pending
     from longnet_hpc.exchange import SpanExchange
 
-__all__ = ["Flight", "FlightLog", "Wait", "hidden_fraction", "on_first_clock", "waits_of"]
+__all__ = ["Flight", "FlightLog", "FlightsOfRound", "Wait", "Waits", "hidden_fraction", "on_first_clock", "waits_of"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ class Flight:
 
 
 @dataclass(frozen=True)
+class FlightsOfRound:
+    """What one rank saw in one round, in times of one clock."""
+
+    flights: list[Flight]
+    computed: float
+    """When this rank had computed its part and came to where all meet, at the end."""
+
+
+@dataclass(frozen=True)
 class Wait:
     """What a rank waited for, in seconds."""
 
@@ -40,10 +49,16 @@ class Wait:
     """For ranks that had not given their rows to MPI yet."""
     under_way: float
     """For rows that were on their way."""
+
+
+@dataclass(frozen=True)
+class Waits:
+    """What waits were in a round."""
+
+    of_rank: list[Wait]
     exposed: float
-    """How much sooner the rank would have come through, had rows taken no time at all: what computing did not hide.
-    Less than ``under_way``, where every wait is for the same late rank: rows that had come sooner would have meant to
-    wait longer for the next."""
+    """How much sooner, in seconds, all ranks had come to the end, had rows taken no time: what computing did not hide.
+    Less than what ranks waited for rows under way, where that only made them wait less for another rank later."""
 
 
 class FlightLog:
@@ -78,12 +93,12 @@ class FlightLog:
             self.flights.append(Flight(key, sources, flight.started, flight.idle_since, flight.finished))
 
 
-def on_first_clock(flights: Iterable[Flight], began: tuple[int, int], ended: tuple[int, int]) -> list[Flight]:
-    """Return flights in times of the clock of the first rank.
+def on_first_clock(seen: FlightsOfRound, began: tuple[int, int], ended: tuple[int, int]) -> FlightsOfRound:
+    """Return a round in times of the clock of the first rank.
 
     Parameters
     ----------
-    flights : iterable of Flight
+    seen : FlightsOfRound
         In times of this rank's clock.
     began, ended : tuple of int
         This rank's clock and that of the first rank, in nanoseconds, when they met before and after all flights, as
@@ -94,44 +109,45 @@ def on_first_clock(flights: Iterable[Flight], began: tuple[int, int], ended: tup
     def shared(seconds: float) -> float:
         return (began[1] + (seconds * 1e9 - began[0]) * rate) / 1e9
 
-    return [
+    flights = [
         replace(its, started=shared(its.started), idle_since=shared(its.idle_since), finished=shared(its.finished))
-        for its in flights
+        for its in seen.flights
     ]
+    return FlightsOfRound(flights, shared(seen.computed))
 
 
-def hidden_fraction(waits: Sequence[Wait], driven: Sequence[float], alone: float, *, on_gpu: bool) -> float:
-    """Return what computing spared of the time that exchanges take alone, on the rank that it spared least.
+def hidden_fraction(exposed: float, driven: float, alone: float, *, on_gpu: bool) -> float:
+    """Return what computing spared of the time that exchanges take alone.
 
     Parameters
     ----------
-    waits : sequence of Wait
-        Of each rank.
-    driven : sequence of float
-        Time that each rank spent in MPI between kernels, in seconds. It counts where MPI copies on the core that
+    exposed : float
+        How much longer a round took for them, in seconds.
+    driven : float
+        Most time that a rank spent in MPI between kernels, in seconds. It counts where MPI copies on the core that
         computes; a GPU goes on computing.
     alone : float
         Time that the exchanges take with nothing to compute, in seconds.
     on_gpu : bool
         Whether a GPU computes.
     """
-    spent = (its.exposed + (0.0 if on_gpu else time) for its, time in zip(waits, driven, strict=True))
-    return 1 - max(spent) / alone
+    return 1 - (exposed + (0.0 if on_gpu else driven)) / alone
 
 
-def waits_of(flights: Sequence[Iterable[Flight]]) -> list[Wait]:
-    """Return what each rank waited for, from the flights of each in times of one clock.
+def waits_of(seen: Sequence[FlightsOfRound]) -> Waits:
+    """Return what waits were in a round, from what each rank saw, in times of one clock.
 
     What is exposed comes from going through the flights again as if rows took no time: each rank gains what it waited
     for rows under way, but must then wait for ranks that are late, which have gained as well. Where a device was busy
     until its rows were there, how long it was idle without them is not known; nothing is taken from the gain then, so
     that it is an upper bound.
     """
-    started = {(flight.key, rank): flight.started for rank, its in enumerate(flights) for flight in its}
-    late, under_way, gain = ([0.0] * len(flights) for _ in range(3))
+    ranks = range(len(seen))
+    started = {(flight.key, rank): flight.started for rank in ranks for flight in seen[rank].flights}
+    late, under_way, gain = ([0.0 for _ in ranks] for _ in range(3))
     gain_at_start: dict[tuple[object, int], float] = {}
-    events = [(flight.finished, False, rank, flight) for rank, its in enumerate(flights) for flight in its]
-    events += [(flight.started, True, rank, flight) for rank, its in enumerate(flights) for flight in its]
+    events = [(flight.finished, False, rank, flight) for rank in ranks for flight in seen[rank].flights]
+    events += [(flight.started, True, rank, flight) for rank in ranks for flight in seen[rank].flights]
     for _, is_start, rank, flight in sorted(events, key=lambda event: event[:3]):
         if is_start:
             gain_at_start[flight.key, rank] = gain[rank]
@@ -147,4 +163,6 @@ def waits_of(flights: Sequence[Iterable[Flight]]) -> list[Wait]:
             started[flight.key, source] - gain_at_start.get((flight.key, source), 0.0) for source in flight.sources
         )
         gain[rank] = max(0.0, finished - max(idle_since - gain[rank], max(sooner, default=-math.inf)))
-    return [Wait(*its) for its in zip(late, under_way, gain, strict=True)]
+    end = max(seen[rank].computed for rank in ranks)
+    exposed = end - max(seen[rank].computed - gain[rank] for rank in ranks)
+    return Waits([Wait(*its) for its in zip(late, under_way, strict=True)], exposed)
