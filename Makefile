@@ -45,8 +45,9 @@ lint: setup
 	$(bin)/ruff format --check .
 	$(bin)/mypy longnet_hpc
 
+# Two at a time: many wait for processes that they started.
 test-one: setup
-	$(bin)/python -m pytest -m "not mpi and not slurm" tests
+	$(bin)/python -m pytest -n 2 --dist loadfile -m "not mpi and not slurm" tests
 
 # One process group per number of ranks, with a limit on the whole so that a hang is a failure.
 test-parallel: setup

@@ -39,7 +39,17 @@ setup(
         "transformers": ["transformers>=5.24", "accelerate>=1.10"],  # the latter for its Trainer
         "test": [
             *DOCS,  # light, and tests build the pages
-            *("pytest", "pytest-mpi", "pytest-timeout", "hypothesis", "mpmath", "ruff", "mypy", "tokenizers>=0.20"),
+            *(
+                "pytest",
+                "pytest-mpi",
+                "pytest-timeout",
+                "pytest-xdist",
+                "hypothesis",
+                "mpmath",
+                "ruff",
+                "mypy",
+                "tokenizers>=0.20",
+            ),
             *("transformers>=5.24", "accelerate>=1.10"),
             "torchao>=0.18",
             "triton>=3.6,<3.8; platform_system == 'Linux'",  # whose interpreter runs GPU kernels on a CPU

@@ -1,0 +1,146 @@
+"""A model trained with dense attention on short contexts, continued with dilated attention on long ones.
+
+    python bench/longer_context.py --train train.h5 --held-out other.h5 --out bench/records/longer_context.jsonl
+    python bench/longer_context.py --quick
+
+Corpora are made by `longnet_hpc prepare`. One segment without dilation as long as the context is dense attention. Two
+runs start from its weights with as many tokens a step and the same learning rates: one with dilated attention on long
+contexts, and, for comparison, one with dense attention on short ones as before. Losses are of text that none has seen.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from longnet_hpc.record import append_record, make_record
+
+SHORT, LONG = 2048, 32768
+DILATED = [(2048, 1), (8192, 4), (32768, 16)]
+TOLERANCE = 0.01
+"""How much larger, relatively, the loss of short contexts may be after the model was continued on long ones."""
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "longnet_hpc", *map(str, arguments)]
+    print("$ longnet_hpc", *arguments, flush=True)
+    subprocess.run(command, check=True)
+
+
+def pattern(branches):
+    lengths, rates = zip(*branches, strict=True)
+    return ["--model.segment-lengths", *lengths, "--model.dilation-rates", *rates]
+
+
+class Runs:
+    """Trainings and evaluations of one model, each in a folder of its own."""
+
+    def __init__(self, options):
+        self.options, self.folder = options, options.folder
+        scale = options.scale
+        self.short, self.long = SHORT // scale, LONG // scale
+        self.dense = pattern([(self.short, 1)])
+        self.dilated = pattern([(w // scale, r) for w, r in DILATED])
+
+    def train(self, name, attention, seq_len, *, steps, learning_rate, start_from=None):
+        options = self.options
+        run(
+            "train", "--folder", self.folder / name, *self._corpus(options.train), *attention,
+            "--model.layers", options.layers, "--model.embed-dim", options.embed_dim, "--model.heads", options.heads,
+            "--seq-len", seq_len, "--batch-size", options.tokens_a_step // seq_len, "--steps", steps,
+            "--save-every", steps, "--optimizer.learning-rate", learning_rate,
+            "--optimizer.final-learning-rate", learning_rate / 10, "--optimizer.warmup-steps", max(1, steps // 20),
+            *(["--start-from", self.folder / start_from] if start_from else []),
+        )  # fmt: skip
+
+    def evaluate(self, name, seq_len):
+        """Return the loss in nats a token, and that by context."""
+        output, options = self.folder / f"{name}-{seq_len}", self.options
+        run(
+            "eval", "--checkpoint", self.folder / name, *self._corpus(options.held_out), "--seq-len", seq_len,
+            "--batch-size", options.tokens_a_step // seq_len,
+            "--max-batches", max(1, options.held_out_tokens // options.tokens_a_step), "--output", output,
+        )  # fmt: skip
+        return json.loads((output / "result.json").read_text())
+
+    def place(self):
+        """Return where the runs took place, as that of the dilated model says."""
+        first_line, *_ = (self.folder / "dilated" / "record.jsonl").read_text().splitlines()
+        return json.loads(first_line)["where"]
+
+    @staticmethod
+    def _corpus(path):
+        return ["--corpus", path] if path else []
+
+
+def compared(losses):
+    """Return what the record says, and whether it is as it should be."""
+    results = {f"{name}_loss": its["loss"] for name, its in losses.items()}
+    results |= {f"{name}_loss_by_context": its["loss_by_context"] for name, its in losses.items()}
+    before, after, long = (
+        results[f"{name}_loss"] for name in ("dense_at_short", "dilated_at_short", "dilated_at_long")
+    )
+    results |= {"change_at_short": after / before - 1, "change_by_context": long / after - 1}
+    results["held_out_tokens"] = losses["dilated_at_long"]["tokens"]
+    return results, after <= before * (1 + TOLERANCE) and long < after
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, help="corpus (default: Python's standard library)")
+    parser.add_argument("--held-out", type=Path, help="corpus that the losses are of")
+    parser.add_argument("--folder", type=Path, default=Path("runs/longer_context"), help="of all runs, is replaced")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--embed-dim", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1500, help="with dense attention")
+    parser.add_argument("--more-steps", type=int, default=500, help="of each run that goes on from there")
+    parser.add_argument("--tokens-a-step", type=int, default=1 << 16)
+    parser.add_argument("--held-out-tokens", type=int, default=1 << 23)
+    parser.add_argument("--scale", type=int, default=1, help="divides all lengths")
+    parser.add_argument("--quick", action="store_true", help="a minute on a CPU, to see it work")
+    parser.add_argument("--out", type=Path, help="file that the record is appended to")
+    options = parser.parse_args()
+    if options.quick:
+        options.scale, options.layers, options.embed_dim, options.heads = 16, 2, 64, 2
+        options.steps, options.more_steps, options.tokens_a_step, options.held_out_tokens = 40, 20, 1 << 12, 1 << 15
+    shutil.rmtree(options.folder, ignore_errors=True)
+    runs = Runs(options)
+    runs.train("dense", runs.dense, runs.short, steps=options.steps, learning_rate=1e-3)
+    more = {"steps": options.more_steps, "learning_rate": 3e-4, "start_from": "dense"}
+    runs.train("dilated", runs.dilated, runs.long, **more)
+    runs.train("dense_continued", runs.dense, runs.short, **more)
+    wanted = (("dense", runs.short), ("dilated", runs.short), ("dilated", runs.long), ("dense_continued", runs.short))
+    losses = {
+        f"{name}_at_{'short' if seq_len == runs.short else 'long'}": runs.evaluate(name, seq_len)
+        for name, seq_len in wanted
+    }
+    results, passed = compared(losses)
+    print(
+        f"loss at {runs.short:,} tokens {results['dense_at_short_loss']:.4f} nats with dense attention, continued with "
+        f"dilated {results['dilated_at_short_loss']:.4f} ({results['change_at_short']:+.2%}; with dense "
+        f"{results['dense_continued_at_short_loss']:.4f}); at {runs.long:,} tokens, of the same text, "
+        f"{results['dilated_at_long_loss']:.4f} ({results['change_by_context']:+.2%})"
+    )
+    if options.out:
+        config = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
+        config |= {"short": runs.short, "long": runs.long, "dilated": [(w // options.scale, r) for w, r in DILATED]}
+        record = make_record(
+            "longer_context",
+            config=config,
+            results=results,
+            place=runs.place(),
+            check=(f"loss at the short length at most {TOLERANCE:.0%} larger, and smaller at the long one", passed),
+            warmup=0,
+            repeats=1,
+            statistic="single",
+        )
+        append_record(options.out, record)
+    if not passed:
+        raise SystemExit("error: loss at the short length is larger, or not smaller at the long one")
+
+
+if __name__ == "__main__":
+    main()
