@@ -13,6 +13,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
+REPORTS = ("forecast", "two_gpus")
 LONGEST_VALUE = 100
 HIDDEN_COLON = "\ue000"
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
@@ -102,14 +103,15 @@ def _shorten(app: Sphinx, domain: str, kind: str, content: addnodes.desc_content
 
 def _link_to_report(app: Sphinx, docname: str, source: list[str]) -> None:
     """Let a page lead to the report that is copied beside it, which would else be a download without its pictures."""
-    if docname == "forecast/README":
+    if docname in {f"{folder}/README" for folder in REPORTS}:
         source[0] = source[0].replace("[index.html](index.html)", '<a href="index.html">index.html</a>')
 
 
-def _copy_forecast(app: Sphinx, error: Exception | None) -> None:
-    """Put the report that lies in this folder beside the pages, pictures and all."""
+def _copy_reports(app: Sphinx, error: Exception | None) -> None:
+    """Put the reports that lie in folders of this one beside the pages, pictures and all."""
     if error is None and app.builder.format == "html":
-        shutil.copytree(HERE / "forecast", Path(app.outdir) / "forecast", dirs_exist_ok=True)
+        for folder in REPORTS:
+            shutil.copytree(HERE / folder, Path(app.outdir) / folder, dirs_exist_ok=True)
 
 
 def setup(app: Sphinx) -> None:
@@ -120,4 +122,4 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", _show_colons, priority=600)
     app.connect("object-description-transform", _shorten)
     app.connect("source-read", _link_to_report)
-    app.connect("build-finished", _copy_forecast)
+    app.connect("build-finished", _copy_reports)

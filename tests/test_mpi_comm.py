@@ -132,18 +132,20 @@ def test_buffers_of_an_exchange_that_nobody_finishes_stay(comm):
     assert not buffers.Pending._in_flight
 
 
+def send_from_the_first(comm, value):
+    """Let the first rank send 4 MiB to all others, more than MPI sends before it is asked; return what came."""
+    rows, sends, nothing = 1 << 16, comm.rank == 0, [0] * comm.size
+    counts, expected = ([0, *[rows] * (comm.size - 1)], nothing) if sends else (nothing, [rows, *nothing[1:]])
+    send = torch.full((rows if sends else 0, 16), value)
+    return buffers.start_alltoallv(comm, send, counts, nothing, expected).finish()
+
+
 def test_rank_that_gets_nothing_goes_on_before_others_have_taken_its_rows(comm):
-    """Of more bytes than MPI sends before it is asked for them."""
-    rows, others = 1 << 16, comm.size - 1
-    sends = comm.rank == 0
-    counts = [0, *[rows] * others] if sends else [0] * comm.size
-    expected = [0 if sends else rows, *[0] * others]
-    own_comm = comm.Dup()
+    sends, own_comm = comm.rank == 0, comm.Dup()
     for number in range(buffers.MAX_LEFT):
-        send = torch.full((rows if sends else 0, 16), float(number))
         if not sends:
             comm.Recv(bytearray(1), 0, tag=number)  # the first rank has finished by then
-        received = buffers.start_alltoallv(own_comm, send, counts, [0] * comm.size, expected).finish()
+        received = send_from_the_first(own_comm, float(number))
         for other in range(1, comm.size if sends else 0):
             comm.Send(bytes(1), other, tag=number)
         assert sends or (received == number).all()
@@ -151,6 +153,22 @@ def test_rank_that_gets_nothing_goes_on_before_others_have_taken_its_rows(comm):
     buffers.Pending.complete_all()
     assert not buffers.Pending._left
     assert not buffers.Pending._in_flight
+    own_comm.Free()
+
+
+def test_rank_that_sends_from_host_memory_stays_until_others_have_taken_it(comm, monkeypatch):
+    """As long as its patience lasts; without, where MPI needs the core of the sender, they would wait for its nap."""
+    monkeypatch.setattr(buffers, "_PATIENCE_BYTES_PER_SECOND", 1e6)
+    own_comm = comm.Dup()
+    own_comm.Barrier()
+    begin = time.perf_counter()
+    send_from_the_first(own_comm, 1.0)
+    seconds = time.perf_counter() - begin
+    if comm.rank == 0:
+        assert buffers.Pending._left[-1]._complete
+        time.sleep(1)
+    assert max(comm.allgather(seconds)) < 0.9
+    buffers.Pending.complete_all()
     own_comm.Free()
 
 

@@ -38,6 +38,9 @@ MAX_COUNT = 2**31 - 1
 MAX_LEFT, MAX_LEFT_BYTES = 16, 1 << 28
 """How many exchanges, and of how many bytes, a rank goes on without that gets nothing from them; one in any case."""
 
+_PATIENCE_BYTES_PER_SECOND = 1e9
+"""A rank that gets nothing stays with what it sends from host memory as long as this rate takes, then leaves it."""
+
 
 class Pending:
     """An exchange in flight, or about to be; owns its buffers until it is finished.
@@ -110,7 +113,8 @@ class Pending:
         """Wait for the exchange and return what was received, ``(rows, width)``, on the sender's device.
 
         All exchanges that were made before are started first: other ranks may need them to come this far. A rank that
-        gets nothing does not wait until others, who may be behind, have taken what it sends.
+        gets nothing does not wait until others, who may be behind, have taken what it sends. From host memory, where
+        MPI may need its core to send, it stays as long as that takes if they are there.
         """
         idle = _Idle(_reached(self._device))
         while self._to_start:
@@ -122,6 +126,7 @@ class Pending:
         if self.bytes_received:
             self._wait(idle)
         else:
+            self._send_some()
             self._left.append(self)
             while len(self._left) > MAX_LEFT or (len(self._left) > 1 and self._bytes_left() > MAX_LEFT_BYTES):
                 self._left.popleft()._wait(idle)
@@ -177,6 +182,15 @@ class Pending:
                 self._transfer.end()
                 self._transfer = None
         return self._complete
+
+    def _send_some(self) -> None:
+        """Drive what this rank sends from host memory for as long as it may take."""
+        assert self._sendbuf is not None
+        if self._sendbuf.is_cuda:
+            return
+        until = time.perf_counter() + self._sendbuf.nbytes / _PATIENCE_BYTES_PER_SECOND
+        while not self._request_is_complete() and time.perf_counter() < until:
+            pass
 
     def _wait(self, idle: _Idle) -> None:
         """Wait for the request of an exchange that was started."""
