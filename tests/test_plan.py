@@ -239,9 +239,9 @@ def test_forecasts_of_what_was_measured_are_as_good_as_documented(name):
         one = forecast(config, machine, *config.ranks)
         assert one.bytes_received == measured["bytes_received"]
         if machine.device == "cuda":
-            assert one.memory.total - one.memory.process == pytest.approx(measured["peak_memory_bytes"], rel=0.1)
+            assert one.memory.total - one.memory.process == pytest.approx(measured["peak_memory_bytes"], rel=0.07)
         errors.setdefault((machine_name, *config.ranks), []).append(one.seconds / measured["seconds"] - 1)
-    assert {len(its) for its in errors.values()} == ({4} if name == "scaling_h200x2" else {6, 9})
+    assert {len(its) for its in errors.values()} == ({5, 6} if name == "scaling_h200x2" else {6, 9})
     for (machine_name, ranks), its in errors.items():
         if machine_name != "h100_x1" or ranks == 1:  # ranks that share a GPU lose time that the model does not know
             assert statistics.median(map(abs, its)) < 0.15

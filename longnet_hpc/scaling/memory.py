@@ -59,7 +59,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _PerFeature:
-    """Bytes for each token and feature of the width, as measured (docs/LOG.md, 2026-11-26)."""
+    """Bytes for each token and feature of the width, as measured (docs/LOG.md, 2026-11-26 and 27)."""
 
     block: float
     """A block keeps for its backward pass, besides the feed-forward layer."""
@@ -69,14 +69,20 @@ class _PerFeature:
     """More of that where the residual stream is float32 and products are not."""
     backward: float
     """What the backward pass needs besides."""
+    attention: float
+    """What attention needs besides where it is computed again in the backward pass."""
     forward: float
     """What a forward pass alone needs, besides the feed-forward layer."""
     forward_inner: float
     """The same of the feed-forward layer, for each multiple of the width."""
 
 
-_COMPILED_HALF = _PerFeature(block=17.5, inner=4.0, wide_residual=2.6, backward=16.0, forward=4.7, forward_inner=4.0)
-_EAGER_SINGLE = _PerFeature(block=36.9, inner=12.0, wide_residual=0.0, backward=40.0, forward=20.0, forward_inner=8.0)
+_COMPILED_HALF = _PerFeature(
+    block=17.5, inner=4.0, wide_residual=2.6, backward=16.0, attention=8.0, forward=4.7, forward_inner=4.0
+)
+_EAGER_SINGLE = _PerFeature(
+    block=36.9, inner=12.0, wide_residual=0.0, backward=40.0, attention=0.0, forward=20.0, forward_inner=8.0
+)
 
 
 def memory_of_rank(
@@ -158,8 +164,10 @@ def _bytes_per_feature(config: PlanConfig, itemsize: int) -> float:
     if not config.activation_checkpointing:
         return block * model.layers + per.backward
     residual = 2.0 if half and config.half_residual else 4.0
-    kept = residual + (itemsize + 4 / model.head_dim if config.keep_attention else 0.0)
-    return kept * model.layers + block + (0.0 if half else per.backward)
+    if config.keep_attention:
+        residual += itemsize + 4 / model.head_dim
+    again = 0.0 if config.keep_attention else per.attention
+    return residual * model.layers + block + again + (0.0 if half else per.backward)
 
 
 def chunk_that_fits(
