@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from longnet_hpc.attention import choose_backend
+from longnet_hpc.attention.backend import Backend
 from longnet_hpc.attention.branch import attend, attend_pieces
+from longnet_hpc.attention.sums import softmax_sum
 from longnet_hpc.chunk import Chunk
 from longnet_hpc.comm import agree_on
 from longnet_hpc.errors import LongNetError, ShapeError
-from longnet_hpc.grids import past_grids
+from longnet_hpc.grids import past_grids, token_grids
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.sequence_plan import LayerPlan, SequencePlan, check_shapes, scale_of
 
@@ -72,13 +74,14 @@ def continued_attention(
         )
     own_k, own_v = k[:, start:], v[:, start:]
     check_shapes(q, own_k, own_v)
-    plan = SequencePlan.build(pattern, q.shape[1], start=start, backend=backend, device=q.device)
-    chunk = Chunk(plan.partition, plan.seq_len)
-    seeing = [(branch, run) for branch in pattern if (run := chunk.seeing_piece(branch, 0)) is not None]
-    scale = scale_of(softmax_scale, q.shape[3])
+    its_backend, scale = choose_backend(backend, q.device, q.dtype, q.shape[3]), scale_of(softmax_scale, q.shape[3])
     # Autocast would lower the reference's products: statistics and sums are float32 at least, whoever calls.
     with torch.no_grad(), torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
-        its_backend = choose_backend(backend, q.device, q.dtype, q.shape[3])
+        if q.shape[1] == 1:
+            return _of_one_token(its_backend, q, k, v, pattern, scale)
+        plan = SequencePlan.build(pattern, q.shape[1], start=start, backend=backend, device=q.device)
+        chunk = Chunk(plan.partition, plan.seq_len)
+        seeing = [(branch, run) for branch in pattern if (run := chunk.seeing_piece(branch, 0)) is not None]
         total = attend_pieces(
             *(its_backend, q, own_k, own_v, plan.pieces),
             causal=True, scale=scale, joined=set(seeing), progress=_nothing,
@@ -91,6 +94,22 @@ def continued_attention(
                 causal=False, scale=scale, first=False, progress=_nothing,
             )  # fmt: skip
         return total.result()[0]
+
+
+def _of_one_token(
+    backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float
+) -> torch.Tensor:
+    """Compute the last row alone, by as few kernels as can be: a token is decoded in the time of its launches."""
+    (batch, _, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    queries = q.reshape(batch, kv_heads, heads // kv_heads, head_dim).transpose(1, 2)
+    total = softmax_sum(queries)
+    for index, branch in enumerate(pattern):
+        pairs = token_grids(branch, k.shape[1] - 1, heads, kv_heads)
+        attend(
+            *(backend, queries, k, v, pairs, total),
+            causal=False, scale=scale, first=index == 0, progress=_nothing,
+        )  # fmt: skip
+    return total.result()[0].transpose(1, 2).reshape(q.shape)
 
 
 def _nothing() -> None:

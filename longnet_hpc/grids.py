@@ -16,7 +16,17 @@ from itertools import groupby
 from longnet_hpc.partition import Run
 from longnet_hpc.pattern import Branch
 
-__all__ = ["Grid", "column_grids", "earlier_grids", "kept_grids", "limited", "past_grids", "piece_grids", "row_grids"]
+__all__ = [
+    "Grid",
+    "column_grids",
+    "earlier_grids",
+    "kept_grids",
+    "limited",
+    "past_grids",
+    "piece_grids",
+    "row_grids",
+    "token_grids",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +198,43 @@ def past_grids(branch: Branch, run: Run, tokens: int, heads: int, kv_heads: int)
         if (rows := before.rows(branch, offset))
         for bundle, step in _bundles(_pairs_at(branch, run, offset, heads, kv_heads))
     )
+
+
+@lru_cache(maxsize=4096)
+def token_grids(branch: Branch, position: int, heads: int, kv_heads: int) -> tuple[tuple[Grid, Grid], ...]:
+    """Return the query grids of the last token, each with the grid of all keys that it sees, itself among them.
+
+    The queries are an array ``(heads / kv_heads, kv_heads)``: those that share a key/value head are rows of one head.
+    All heads that see something see the same tokens, those of the token's own offset.
+
+    Parameters
+    ----------
+    branch : Branch
+        The grid of each head.
+    position : int
+        Of the token; the keys are those of an array that begins with the sequence.
+    heads, kv_heads : int
+        Query heads and key/value heads.
+    """
+    rate, group = branch.dilation_rate, heads // kv_heads
+    start = position // branch.segment_length * branch.segment_length
+    offset, rows = (position - start) % rate, (position - start) // rate + 1
+    pairs = []
+    for kv_head, members in groupby(branch.heads_at(offset, heads), key=lambda head: head // group):
+        first, *others = (head % group for head in members)
+        pairs.append(_Pair(first, 1 + len(others), kv_head, kv_head))
+    same = [pair for _, its in groupby(sorted(pairs, key=_rows), key=_rows) for pair in _bundles(its)]
+    return tuple(
+        (
+            Grid(0, group, 1, bundle[0].rows, rate, bundle[0].first_row, step[0], bundle[0].head, step[1], len(bundle)),
+            Grid(start, rows * rate, 1, rows, rate, offset, 0, bundle[0].head, step[1], len(bundle)),
+        )
+        for bundle, step in same
+    )
+
+
+def _rows(pair: _Pair) -> tuple[int, int]:
+    return pair.rows, pair.first_row
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from longnet_hpc import Pattern
 from longnet_hpc.continued import continued_attention
 from longnet_hpc.errors import ShapeError
+from longnet_hpc.grids import token_grids
+from longnet_hpc.pattern import Branch
 
 
 @settings(max_examples=80, deadline=None)
@@ -18,8 +20,9 @@ from longnet_hpc.errors import ShapeError
     st.integers(1, 45),
     st.integers(1, 45),
     st.booleans(),
+    st.sampled_from(["auto", "reference"]),
 )
-def test_last_rows_are_those_of_the_definition(branches, heads, seq, new, cache_of_heads):
+def test_last_rows_are_those_of_the_definition(branches, heads, seq, new, cache_of_heads, backend):
     torch.manual_seed(seq)
     new = min(new, seq)
     q = torch.randn(2, seq, heads[0], 4, dtype=torch.float64)
@@ -28,8 +31,30 @@ def test_last_rows_are_those_of_the_definition(branches, heads, seq, new, cache_
         k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     lists = [list(values) for values in zip(*branches, strict=True)]
     wanted, _ = oracle.attention(q, k, v, *lists, True, 0.6)
-    got = continued_attention(q[:, seq - new :], k, v, Pattern.from_lists(*lists), softmax_scale=0.6)
+    got = continued_attention(q[:, seq - new :], k, v, Pattern.from_lists(*lists), softmax_scale=0.6, backend=backend)
     torch.testing.assert_close(got, wanted[:, seq - new :])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=4),
+    st.sampled_from([(8, 2), (12, 2), (6, 3), (5, 1), (4, 4)]),
+    st.integers(1, 90),
+)
+def test_one_token_is_the_last_row_of_the_definition(branches, heads, seq):
+    torch.manual_seed(seq)
+    q = torch.randn(2, seq, heads[0], 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, seq, heads[1], 4, dtype=torch.float64)
+    lists = [list(values) for values in zip(*branches, strict=True)]
+    wanted, _ = oracle.attention(q, k, v, *lists, True, 0.6)
+    got = continued_attention(q[:, -1:], k, v, Pattern.from_lists(*lists), softmax_scale=0.6)
+    torch.testing.assert_close(got, wanted[:, -1:])
+
+
+@pytest.mark.parametrize("rate", [1, 2, 4, 8, 16])
+def test_one_token_takes_one_kernel_a_branch_where_rate_and_shared_heads_divide(rate):
+    for position in range(1000, 1020):
+        assert len(token_grids(Branch(512, rate), position, 32, 8)) == 1
 
 
 def test_one_token_reads_no_key_outside_its_grid():
