@@ -265,6 +265,13 @@ def test_rows_that_a_stream_keeps_wait_for_their_kernels_beside_other_collective
     assert kept[: 2 * comm.size].tolist() == [2.0 * row for row in range(2 * comm.size)]
 
 
+def test_all_ranks_of_one_host_are_on_the_first_node_in_any_order(comm):
+    backwards = comm.Split(0, key=-comm.rank)
+    assert communication.agreement.is_on_first_node(comm)
+    assert communication.agreement.is_on_first_node(backwards)
+    backwards.Free()
+
+
 def test_fact_that_differs_is_named_on_all_ranks(comm):
     assert communication.agree_on(comm, {"batch": 3}, comm.rank) == list(range(comm.size))
     with pytest.raises(ShapeError, match="rank 1 disagrees with rank 0: batch 3 is not 2"):

@@ -21,6 +21,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "collect_objects",
+    "is_on_first_node",
     "node_rank_and_size",
     "rank_and_size",
 ]
@@ -31,6 +32,19 @@ T = TypeVar("T")
 def rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
     """Return this process's rank and the number of ranks; ``(0, 1)`` without a communicator."""
     return (0, 1) if comm is None else (comm.rank, comm.size)
+
+
+def is_on_first_node(comm: MPI.Comm | None) -> bool:
+    """Return whether this process shares memory with rank 0, whatever their hosts are called. Collective."""
+    if comm is None:
+        return True
+    from mpi4py import MPI
+
+    with life.waiting_for("who is on the first node"):
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        lowest: int = node.bcast(comm.rank)  # ranks of a node are in the order of the communicator
+    node.Free()
+    return lowest == 0
 
 
 def node_rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:

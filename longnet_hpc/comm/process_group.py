@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its own stubs do not name it
 
-from longnet_hpc.comm.agreement import agreed, broadcast_object, rank_and_size
+from longnet_hpc.comm.agreement import agreed, broadcast_object, is_on_first_node, rank_and_size
 from longnet_hpc.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ def init_process_group(
             raise LaunchError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
         if rank == 0:
             store = TCPStore("127.0.0.1", 0, size, True, patience, wait_for_workers=False)
+    beside_first = is_on_first_node(comm)
     host, port = broadcast_object(comm, (socket.gethostname(), 0 if store is None else store.port))
     with agreed(comm, LaunchError):
         if store is None:
-            address = "127.0.0.1" if host == socket.gethostname() else host
+            address = "127.0.0.1" if beside_first else host
             try:
                 store = TCPStore(address, port, size, False, patience)
             except RuntimeError as error:
