@@ -7,12 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from longnet_hpc.dropout import position_dropout
+from longnet_hpc.block import Block, agreed_plan, enter_blocks, recomputed_if
 from longnet_hpc.encoder_config import EncoderConfig
-from longnet_hpc.errors import LongNetError, ShapeError
-from longnet_hpc.model import Block, Recomputed, check_plan
-from longnet_hpc.one_process import plan_of_one
-from longnet_hpc.positions import POSITIONS
+from longnet_hpc.errors import ShapeError
 from longnet_hpc.sequence_plan import Plan
 
 __all__ = ["LongNetEncoder"]
@@ -86,14 +83,9 @@ class LongNetEncoder(nn.Module):
     def _states(self, x: torch.Tensor, plan: Plan | None, dropout_seed: int) -> Iterator[torch.Tensor]:
         plan = self._agreed_plan(x, plan, dropout_seed)
         config, computed_in = self.config, self._computed_in(x)
-        rotation = POSITIONS[config.positions](
-            plan.start, plan.local_len, plan.seq_len, config.head_dim, config.rotary_base, computed_in, x.device
-        )
         probability = config.dropout if self.training else 0.0
-        x = position_dropout(x, probability, seed=dropout_seed, site=0, start=plan.start)
-        recomputed: Recomputed = "nothing"
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            recomputed = "all but attention" if self.keep_attention else "all"
+        x, rotation = enter_blocks(x, plan, config, computed_in, dropout=probability, dropout_seed=dropout_seed)
+        recomputed = recomputed_if(self.activation_checkpointing, self.keep_attention)
         yield x
         for index, block in enumerate(self.blocks):
             x = block(x, plan.of_layer(index), rotation, dropout_seed, recomputed)
@@ -101,21 +93,10 @@ class LongNetEncoder(nn.Module):
 
     def _agreed_plan(self, x: torch.Tensor, plan: Plan | None, dropout_seed: int) -> Plan:
         """Check what the caller passed, agree with the other ranks on it, and return the plan."""
-        error: LongNetError | None = None
-        try:
-            self._check(x)
-            if plan is None:
-                plan = plan_of_one(self.config.pattern, x.shape[1], x.device)
-            check_plan(plan, self.config.pattern, x.shape[1])
-        except LongNetError as caught:
-            error = caught
-        if plan is None:
-            assert error is not None
-            raise error
-        facts: dict[str, object] = {}
-        if error is None:
+
+        def facts() -> dict[str, object]:
             wants_grad = torch.is_grad_enabled()
-            facts = {
+            return {
                 "encoder": self.config,
                 "batch": x.shape[0],
                 "dtype": self._computed_in(x),
@@ -126,8 +107,8 @@ class LongNetEncoder(nn.Module):
                 "gradient of the embeddings": wants_grad and x.requires_grad,
                 "parameters that need a gradient": wants_grad and sum(p.requires_grad for p in self.parameters()),
             }
-        plan.agree(facts, error)
-        return plan
+
+        return agreed_plan(plan, self.config.pattern, x, lambda: self._check(x), facts)
 
     def _check(self, x: torch.Tensor) -> None:
         if x.dim() != 3 or x.shape[2] != self.config.embed_dim:

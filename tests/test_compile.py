@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan, dilated_attention
 from longnet_hpc.attention import branch
+from longnet_hpc.block import Block
 from longnet_hpc.errors import ConfigError
-from longnet_hpc.model import Block
 from longnet_hpc.positions import POSITIONS, rotary
 
 PATTERN = (8, 32), (1, 3)

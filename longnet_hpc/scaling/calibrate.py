@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from longnet_hpc.block import Block
 from longnet_hpc.comm import agreed, allgather_objects, barrier
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute, memory_there
@@ -30,7 +31,7 @@ from longnet_hpc.cross_entropy import cross_entropy
 from longnet_hpc.data import Corpus, prepare
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.files import naming_errors, replace_file
-from longnet_hpc.model import Block, LongNet
+from longnet_hpc.model import LongNet
 from longnet_hpc.optimizer import Optimizer
 from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Pattern
