@@ -85,8 +85,8 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
         f"tokens{walked}",
         f"on {machine.name} (numbers {numbers})",
         "",
-        "  ranks  nodes     memory a rank      fits        step      tokens/s   compute   waits  grad sum  efficiency"
-        "   received a rank  node hours",
+        "  ranks  nodes     memory a rank   fits      step     tokens/s compute  waits grad sum efficiency    received"
+        " node hours",
     ]
     for one in forecasts:
         share = [
@@ -94,14 +94,15 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
         ]
         lines.append(
             f"{one.ranks:7,}{one.nodes:7,}{bytes_in_words(one.memory.total):>10} of "
-            f"{bytes_in_words(one.capacity_bytes):>7}{_fits(one):>6}"
-            f"{seconds_in_words(one.seconds):>12}{one.tokens / one.seconds:14,.0f}"
-            f"{share[0]:>10}{share[1]:>8}{share[2]:>10}{one.efficiency:12.1%}"
-            f"{bytes_in_words(one.bytes_received):>18}{one.nodes * one.seconds * config.steps / 3600:12,.1f}"
+            f"{bytes_in_words(one.capacity_bytes):>6}{_fits(one):>6}"
+            f"{seconds_in_words(one.seconds):>10}{one.tokens / one.seconds:13,.0f}"
+            f"{share[0]:>8}{share[1]:>7}{share[2]:>9}{one.efficiency:11.1%}"
+            f"{bytes_in_words(one.bytes_received):>12}{one.nodes * one.seconds * config.steps / 3600:11,.1f}"
         )
     if any(_fits(one) == "tight" for one in forecasts):
         lines.append("tight: it fits by less than forecasts of memory may be wrong, a twentieth")
     if len(forecasts) > 1 or forecasts[0].ranks > 1:
+        lines.append("received: a rank, of others, in a step; node hours: of all steps")
         lines.append("efficiency: the arithmetic of a step, spread evenly and with nothing besides, over its time")
     last = forecasts[-1]
     its = {name: size for name, size in last.memory.table().items() if size and name not in ("total", *IN_HOST_MEMORY)}
