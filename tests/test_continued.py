@@ -57,6 +57,10 @@ def test_one_token_takes_one_kernel_a_branch_where_rate_and_shared_heads_divide(
         assert len(token_grids(Branch(512, rate), position, 32, 8)) == 1
 
 
+def test_one_token_takes_few_kernels_a_branch_where_they_do_not_divide():
+    assert max(len(token_grids(Branch(512, 6), position, 32, 8)) for position in range(1000, 1020)) == 2
+
+
 def test_one_token_reads_no_key_outside_its_grid():
     k, v = torch.full((2, 1, 1000, 2, 4), torch.nan)
     for x in (k, v):

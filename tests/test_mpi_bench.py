@@ -15,6 +15,7 @@ from longnet_hpc.scaling import bench_exchange, bench_steps
 from longnet_hpc.scaling.bench import bench
 from longnet_hpc.scaling.config import BenchConfig
 from longnet_hpc.scaling.overlap import Overlap
+from longnet_hpc.scaling.waits import Wait, Waits
 from longnet_hpc.scaling.rounds import Rounds, rest_until_all, some_ranks
 from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.stopping import StopRequest
@@ -271,11 +272,42 @@ def test_wait_for_a_late_rank_is_told_apart_from_rows_on_their_way(comm):
         options = {"layers": 1, "training": False}
         first, last = (overlap.results(MODEL, x[:, :, :2], slowest_rank=rank, **options) for rank in (0, comm.size - 1))
     assert last["exchange_waited_seconds"] > 0.05 > first["exchange_waited_seconds"]
-    assert last["exchange_late_seconds"] > 0.05 > first["exchange_late_seconds"]
     for results in (first, last):
+        assert results["exchange_late_seconds"] > 0.05  # of the rank that waits most
+        assert 0 <= results["exchange_exposed_seconds"] < 0.05
         assert 0 < results["exchange_driven_seconds"] < 0.05
         assert 0 <= results["exchange_under_way_seconds"] < 0.05
     assert plan.observer is None
+
+
+def test_record_says_what_was_exposed_when_all_ranks_met(comm, monkeypatch):
+    seen_by_rank = []
+
+    def waits_of(seen):
+        seen_by_rank.append(seen)
+        return Waits([Wait(1.0, 2.0)] * len(seen), 3.0)
+
+    monkeypatch.setattr("longnet_hpc.scaling.overlap.waits_of", waits_of)
+    x = torch.ones(1, 64, 4, 8)
+    plan = SequencePlan.build(MODEL.pattern, 64, comm=comm)
+    with use(Trace()):
+        overlap = Overlap(Rounds(launch_of(comm)), plan)
+
+        def work():
+            plan.attention(x, x[:, :, :2], x[:, :, :2], causal=True)
+            overlap.computed()
+            comm.Barrier()
+            time.sleep(0.2)
+
+        overlap.take(work, timed=True)
+        over = time.perf_counter()
+        results = overlap.results(MODEL, x[:, :, :2], layers=1, training=False, slowest_rank=0)
+    wanted = {"late": 1.0, "under_way": 2.0, "exposed": 3.0}
+    assert {name: results[f"exchange_{name}_seconds"] for name in wanted} == wanted
+    assert results["hidden_fraction"] <= 1 - 3.0 / results["exchange_alone_seconds"]
+    for its in seen_by_rank[0] if comm.rank == 0 else []:
+        assert max(flight.finished for flight in its.flights) < its.computed < over - 0.1
+    assert len(seen_by_rank) == (comm.rank == 0)
 
 
 def test_launch_of_some_ranks_is_theirs_alone(comm):

@@ -5,7 +5,7 @@ import pytest
 from longnet_hpc.pattern import Branch
 from longnet_hpc.scaling.waits import Flight, FlightsOfRound, Wait, hidden_fraction, on_first_clock, waits_of
 
-FORWARD, BACK = (1, Branch(8, 2), (0, 1), False), (1, Branch(8, 2), (0, 1), True)
+FORWARD, BACK = (1, Branch(8, 2), (0, 1), False, 0), (1, Branch(8, 2), (0, 1), True, 0)
 
 
 def seen(flights: list[list[Flight]], *computed: float) -> list[FlightsOfRound]:
@@ -49,7 +49,7 @@ def layers(count: int, local: float, ahead: float, transfer: float) -> list[list
     """Rank 1 needs rows of rank 0 in each layer, which rank 0 starts every 10; idle after ``local`` of the layer."""
     first, second, begin = [], [], -ahead
     for layer in range(count):
-        key, there = (layer, Branch(8, 2), (0, 1), False), 10.0 * layer + transfer
+        key, there = (layer, Branch(8, 2), (0, 1), False, 0), 10.0 * layer + transfer
         first.append(Flight(key, (), 10.0 * layer, math.inf, 10.0 * layer))
         idle_since = begin + local if begin + local < there else math.inf
         second.append(Flight(key, (0,), begin, idle_since, max(there, begin + local)))
@@ -71,7 +71,32 @@ def test_rows_under_way_cost_nothing_where_the_rank_that_waited_is_not_the_last(
 
 def test_rows_under_way_are_exposed_each_time_where_nobody_is_late():
     """Both go through layers at the same pace, and each waits for the rows of the other."""
-    key = [(layer, Branch(8, 2), (0, 1), False) for layer in range(5)]
+    key = [(layer, Branch(8, 2), (0, 1), False, 0) for layer in range(5)]
     its = [[Flight(key[i], (1 - rank,), 3.0 * i, 3.0 * i + 1, 3.0 * i + 3) for i in range(5)] for rank in (0, 1)]
     waits = waits_of(seen(its, 15.0, 15.0))
     assert (waits.of_rank, waits.exposed) == ([Wait(0.0, 10.0)] * 2, 10.0)
+
+
+def test_rank_with_two_sources_waits_for_the_later_one():
+    """The third rank is idle from 1 on; rows of the second, late until 4, are there at 6, of the first long before."""
+    key = (1, Branch(12, 2), (0, 1, 2), False, 0)
+    flights = [
+        [Flight(key, (), 0.0, math.inf, 0.0)],
+        [Flight(key, (0,), 4.0, math.inf, 5.0)],
+        [Flight(key, (0, 1), 0.5, 1.0, 6.0)],
+    ]
+    waits = waits_of([FlightsOfRound(its, when) for its, when in zip(flights, (3.0, 5.0, 7.0), strict=True)])
+    assert waits.of_rank[2] == Wait(3.0, 2.0)
+    assert waits.exposed == 2.0
+
+
+def test_clocks_that_disagree_by_more_than_rows_take_hide_nothing():
+    """The second clock is 0.1 behind; rows of 0.01 are on their way in each of 20 layers."""
+    ranks = ([], [])
+    for layer in range(20):
+        key = (layer, Branch(8, 2), (0, 1), False, 0)
+        for rank, behind in enumerate((0.0, 0.1)):
+            begin = 1.01 * layer + 1.0 - behind
+            ranks[rank].append(Flight(key, (1 - rank,), begin, begin, begin + 0.01))
+    waits = waits_of(seen(list(ranks), 20.2, 20.1))
+    assert math.isclose(waits.exposed, 0.2, rel_tol=0.51)

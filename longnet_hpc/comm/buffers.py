@@ -57,6 +57,8 @@ class Pending:
         When a GPU has made what is to be sent, and nothing uses the memory of what is to be received any more.
     what : str
         What is sent, for traces.
+    bytes_sent : int
+        To all other ranks together.
 
     Attributes
     ----------
@@ -86,12 +88,14 @@ class Pending:
         device: torch.device,
         ready: torch.cuda.Event | None,
         what: str,
+        bytes_sent: int,
     ) -> None:
         self._begin: Callable[[], MPI.Request] | None = begin
         self._request: MPI.Request | None = None
         self._complete = False
         self._transfer: Transfer | None = None
         self._what = what
+        self._bytes_sent = bytes_sent
         self._sendbuf: torch.Tensor | None = sendbuf
         self._recvbuf = recvbuf
         self._device = device
@@ -114,7 +118,7 @@ class Pending:
 
         All exchanges that were made before are started first: other ranks may need them to come this far. A rank that
         gets nothing does not wait until others, who may be behind, have taken what it sends. From host memory, where
-        MPI may need its core to send, it stays as long as that takes if they are there.
+        MPI may need its core to send, it first drives that, for no longer than 1 GB/s would take.
         """
         idle = _Idle(_reached(self._device))
         while self._to_start:
@@ -126,13 +130,13 @@ class Pending:
         if self.bytes_received:
             self._wait(idle)
         else:
-            self._send_some()
             self._left.append(self)
             while len(self._left) > MAX_LEFT or (len(self._left) > 1 and self._bytes_left() > MAX_LEFT_BYTES):
                 self._left.popleft()._wait(idle)
         self.finished = time.perf_counter()
         self.idle_since = idle.since
         self.seconds_waited = max(0.0, self.finished - idle.since)
+        self._send_some()
         return self._recvbuf.to(self._device, non_blocking=True)
 
     @classmethod
@@ -184,13 +188,13 @@ class Pending:
         return self._complete
 
     def _send_some(self) -> None:
-        """Drive what this rank sends from host memory for as long as it may take."""
-        assert self._sendbuf is not None
-        if self._sendbuf.is_cuda:
+        """Drive for a while what others are still to take from host memory."""
+        if self._sendbuf is None or self._sendbuf.is_cuda:
             return
-        until = time.perf_counter() + self._sendbuf.nbytes / _PATIENCE_BYTES_PER_SECOND
+        until = time.perf_counter() + self._bytes_sent / _PATIENCE_BYTES_PER_SECOND
         while not self._request_is_complete() and time.perf_counter() < until:
             pass
+        self.start_ready()  # which gives up what is complete
 
     def _wait(self, idle: _Idle) -> None:
         """Wait for the request of an exchange that was started."""
@@ -345,7 +349,8 @@ def start_alltoallv(
         row.Free()  # MPI keeps it until the exchange is complete
         return request
 
-    pending = Pending(begin, send, recv, device, ready, what)
+    sent = (sum(send_counts) - send_counts[comm.rank]) * send.shape[1] * send.element_size()
+    pending = Pending(begin, send, recv, device, ready, what, sent)
     if when_ready:
         Pending.start_ready()
     else:

@@ -56,8 +56,8 @@ def _seconds(point: Row, results: Row) -> str:
 def _exchange(point: Row, results: Row) -> str:
     if "hidden_fraction" not in results:
         return "-"
-    told = (results[f"exchange_{what}_seconds"] * 1e3 for what in ("alone", "late", "exposed"))
-    return " / ".join(f"{milliseconds:,.2f}" for milliseconds in told)
+    told = (results.get(f"exchange_{what}_seconds") for what in ("alone", "late", "exposed"))  # not in old records
+    return " / ".join("-" if seconds is None else f"{seconds * 1e3:,.2f}" for seconds in told)
 
 
 def _received(point: Row, results: Row) -> str:

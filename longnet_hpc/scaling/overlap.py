@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longnet_hpc.comm import allgather_objects, barrier
+from longnet_hpc.comm import allgather_objects, barrier, broadcast_object, collect_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.config import LongNetConfig
 from longnet_hpc.partition import Partition
@@ -103,10 +103,11 @@ class Overlap:
         """Return what records say of exchanges, the same on all ranks. Collective over the ranks of the point.
 
         Time that the slowest rank spent in MPI to start and drive them, and had nothing to compute and waited for them:
-        of that for ranks that were late, which no exchange can help; and for rows under way, on whichever rank that is
-        most. What these cost is how much sooner all had come to the end, had rows taken no time; it is compared with
-        what exchanges take alone, on whichever rank that is most, and what is spared is ``hidden_fraction``, as in
-        OSU's benchmarks of overlap. On a CPU driving them counts as well; a GPU goes on computing meanwhile.
+        and for whichever rank it is most, waiting for ranks that were late, which no exchange can help, and for rows
+        under way. What these cost is how much sooner all had come to the end, had rows taken no time; it is compared
+        with what exchanges take alone, on whichever rank that is most, and what is spared is ``hidden_fraction``. On a
+        CPU driving them counts as well; a GPU goes on computing meanwhile. What it costs to pack rows and to compute
+        attention in more parts is not in it: efficiency has that.
 
         Parameters
         ----------
@@ -128,12 +129,13 @@ class Overlap:
         alone = layers * self._alone(launch, model.heads, x, training=training)
         ended = meet(launch)
         seen = [on_first_clock(its, self._began, ended) for its in self._seen]
-        answers = allgather_objects(launch.comm, (received, least, alone, driven, waited, seen))
+        answers = allgather_objects(launch.comm, (received, least, alone, driven, waited))
         received, least, alone, *_ = (max(column) for column in zip(*(its[:3] for its in answers), strict=True))
+        of_ranks = list(collect_objects(launch.comm, seen))  # on the first rank, which looks at them for all
         results = {"bytes_received": int(received), "bytes_received_minimum": least}
         if not received:
             return results
-        rounds = [waits_of(of_round) for of_round in zip(*(its[5] for its in answers), strict=True)]
+        rounds = broadcast_object(launch.comm, [waits_of(of_round) for of_round in zip(*of_ranks, strict=True)])
         exposed = statistics.median(its.exposed for its in rounds)
         waits = list(zip(*(its.of_rank for its in rounds), strict=True))
         return {
@@ -141,7 +143,7 @@ class Overlap:
             "exchange_alone_seconds": alone,
             "exchange_driven_seconds": answers[slowest_rank][3],
             "exchange_waited_seconds": answers[slowest_rank][4],
-            "exchange_late_seconds": statistics.median(its.late for its in waits[slowest_rank]),
+            "exchange_late_seconds": max(statistics.median(its.late for its in rank) for rank in waits),
             "exchange_under_way_seconds": max(statistics.median(its.under_way for its in rank) for rank in waits),
             "exchange_exposed_seconds": exposed,
             "hidden_fraction": hidden_fraction(exposed, max(its[3] for its in answers), alone, on_gpu=x.is_cuda),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,8 +21,9 @@ __all__ = ["Flight", "FlightLog", "FlightsOfRound", "Wait", "Waits", "hidden_fra
 class Flight:
     """One finished exchange as one rank saw it; times in seconds of one clock, infinity for what did not happen."""
 
-    key: tuple[int, Branch, tuple[int, ...], bool]
-    """Number of the pass, branch, ranks of the segment, and whether gradients went back: the same on all ranks."""
+    key: tuple[int, Branch, tuple[int, ...], bool, int]
+    """Number of the pass, branch, ranks of the segment, whether gradients went back, and how many flights of all that
+    there were before, should a pattern have a branch twice: the same on all ranks."""
     sources: tuple[int, ...]
     """Ranks from which something came."""
     started: float
@@ -85,11 +87,13 @@ class FlightLog:
     ) -> None:
         """Take down the exchanges of a pass."""
         self._passes += 1
+        before: Counter[tuple[Branch, tuple[int, ...]]] = Counter()
         for (branch, exchange), flight in zip(exchanges, flights, strict=True):
             layout = exchange.layout
             ranks, counts = layout.span.ranks, layout.send_counts if back else layout.recv_counts
             sources = tuple(rank for rank, count in zip(ranks, counts, strict=True) if count and rank != self._rank)
-            key = self._passes, branch, ranks, back
+            key = self._passes, branch, ranks, back, before[branch, ranks]
+            before[branch, ranks] += 1
             self.flights.append(Flight(key, sources, flight.started, flight.idle_since, flight.finished))
 
 
@@ -159,8 +163,10 @@ def waits_of(seen: Sequence[FlightsOfRound]) -> Waits:
         for_late = min(max(there, idle_since), finished) - idle_since
         late[rank] += for_late
         under_way[rank] += finished - idle_since - for_late
+        # Clocks may disagree by more than rows take: a source has not started after its rows were there.
         sooner = (
-            started[flight.key, source] - gain_at_start.get((flight.key, source), 0.0) for source in flight.sources
+            min(finished, started[flight.key, source]) - gain_at_start.get((flight.key, source), gain[source])
+            for source in flight.sources
         )
         gain[rank] = max(0.0, finished - max(idle_since - gain[rank], max(sooner, default=-math.inf)))
     end = max(seen[rank].computed for rank in ranks)
