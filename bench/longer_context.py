@@ -123,8 +123,9 @@ def main():
     results, passed = compared(losses)
     print(
         f"loss at {runs.short:,} tokens {results['dense_at_short_loss']:.4f} nats with dense attention, continued with "
-        f"dilated {results['dilated_at_short_loss']:.4f} ({results['change_at_short']:+.2%}; with dense "
-        f"{results['dense_continued_at_short_loss']:.4f}, of which it is {results['over_dense_continued_at_short']:+.2%}); at {runs.long:,} tokens, of the same text, "
+        f"dilated {results['dilated_at_short_loss']:.4f} ({results['change_at_short']:+.2%}), with dense "
+        f"{results['dense_continued_at_short_loss']:.4f} (dilated {results['over_dense_continued_at_short']:+.2%} off "
+        f"that); at {runs.long:,} tokens, of the same text, "
         f"{results['dilated_at_long_loss']:.4f} ({results['change_by_context']:+.2%})"
     )
     if options.out:

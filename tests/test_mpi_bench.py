@@ -15,8 +15,8 @@ from longnet_hpc.scaling import bench_exchange, bench_steps
 from longnet_hpc.scaling.bench import bench
 from longnet_hpc.scaling.config import BenchConfig
 from longnet_hpc.scaling.overlap import Overlap
-from longnet_hpc.scaling.waits import Wait, Waits
 from longnet_hpc.scaling.rounds import Rounds, rest_until_all, some_ranks
+from longnet_hpc.scaling.waits import Wait, Waits
 from longnet_hpc.sequence_plan import SequencePlan
 from longnet_hpc.stopping import StopRequest
 from longnet_hpc.trace import Trace, use
