@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -139,9 +139,7 @@ class Cluster:
         for daemon in self._daemons:
             daemon.wait()
         while left := self.processes():
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._signal(left, signal.SIGKILL)
             time.sleep(0.05)
 
     def processes(self, *words):
@@ -154,6 +152,22 @@ class Cluster:
                 if ours and all(word.encode() in command for word in words):
                     found.append(int(path.name))
         return found
+
+    @contextmanager
+    def held(self, *words):
+        """Stop the ranks that have these words in their command lines: they get no further than a test acts."""
+        ranks = set(self.processes("longnet_hpc.run", *words)) - set(self.processes("srun"))
+        self._signal(ranks, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(ranks, signal.SIGCONT)
+
+    @staticmethod
+    def _signal(pids, number):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def _start(self):
         self.folder.chmod(0o755)

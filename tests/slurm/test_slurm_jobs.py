@@ -77,14 +77,18 @@ def test_training_that_is_preempted_and_signalled_has_the_losses_of_one_that_is_
     job = submit("train", *TRAINING, nodes=2, LONGNET_TOKENS=str(TOKENS))
     job.until(lambda: len(losses("runs/train")) >= 3)
     urgent = ["sbatch", "--parsable", "--partition=urgent", f"--nodes={NODES}", "--exclusive", "--wrap=sleep 0.1"]
-    Job(cluster, cluster.run(*urgent, "--output=/dev/null").stdout.strip()).wait("COMPLETED")
+    with cluster.held("runs/train"):  # or all steps may be done before Slurm comes to it
+        first = Job(cluster, cluster.run(*urgent, "--output=/dev/null").stdout.strip())
+        job.until(lambda: job["JobState"] != "RUNNING")
+    first.wait("COMPLETED")
     job.wait("RUNNING")
     assert job["Restarts"] == "1"
     done = len(losses("runs/train"))
     assert 3 <= done < STEPS
     assert f"left after step {done} of {STEPS}; train --resume runs/train goes on" in job.log
     job.until(lambda: len(losses("runs/train")) >= done + 3)
-    cluster.run("scancel", "--signal=USR1", job.number)  # as --signal=USR1 does, when the time has come
+    with cluster.held("runs/train"):
+        cluster.run("scancel", "--signal=USR1", job.number)  # as --signal=USR1 does, when the time has come
     job.until(lambda: job["Restarts"] == "2")
     job.wait("COMPLETED")
     begun = [int(step) for step in re.findall(rf": steps (\d+) to {STEPS} of", job.log)]
@@ -122,7 +126,8 @@ def test_cancelled_step_over_a_long_sequence_is_gone_on_with_by_another_job(clus
     chunks = project / "runs" / "long" / "chunks.jsonl"
     job = submit("billion_tokens", *words, nodes=2, **variables)
     job.until(lambda: chunks.exists() and len(read_records(chunks)) > 10)
-    cluster.run("scancel", job.number)
+    with cluster.held("runs/long"):
+        cluster.run("scancel", job.number)
     job.wait("CANCELLED")
     until(lambda: not cluster.processes("longnet_hpc.run"), lambda: job.log)
     assert job["Restarts"] == "0"
