@@ -4,8 +4,9 @@
     python bench/longer_context.py --quick
 
 Corpora are made by `longnet_hpc prepare`. One segment without dilation as long as the context is dense attention. Two
-runs start from its weights with as many tokens a step and the same learning rates: one with dilated attention on long
-contexts, and, for comparison, one with dense attention on short ones as before. Losses are of text that none has seen.
+runs start from its weights, with as many tokens a step, the same learning rates, and an order of the corpus that is new
+to both: one with dilated attention (the paper's branches) on long contexts, and, for comparison, one with dense
+attention on short ones as before. Losses are of text that none has seen.
 """
 
 import argparse
@@ -14,10 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.record import append_record, make_record
 
 SHORT, LONG = 2048, 32768
-DILATED = [(2048, 1), (8192, 4), (32768, 16)]
+DILATED = list(zip(PAPER_SEGMENT_LENGTHS, PAPER_DILATION_RATES, strict=True))
 TOLERANCE = 0.01
 """How much larger, relatively, the loss of short contexts may be after the model was continued on long ones: than
 before, and than that of the model continued with dense attention, which has learnt from as many tokens."""
@@ -44,14 +46,14 @@ class Runs:
         self.dense = pattern([(self.short, 1)])
         self.dilated = pattern([(w // scale, r) for w, r in DILATED])
 
-    def train(self, name, attention, seq_len, *, steps, learning_rate, start_from=None):
+    def train(self, name, attention, seq_len, *, steps, learning_rate, seed=0, start_from=None):
         options = self.options
         run(
             "train", "--folder", self.folder / name, *self._corpus(options.train), *attention,
             "--model.layers", options.layers, "--model.embed-dim", options.embed_dim, "--model.heads", options.heads,
             "--seq-len", seq_len, "--batch-size", options.tokens_a_step // seq_len, "--steps", steps,
-            "--save-every", steps, "--optimizer.learning-rate", learning_rate,
-            "--optimizer.final-learning-rate", learning_rate / 10, "--optimizer.warmup-steps", max(1, steps // 20),
+            "--save-every", steps, "--seed", seed, "--optimizer.learning-rate", learning_rate,
+            "--optimizer.warmup-steps", max(1, steps // 20),
             *(["--start-from", self.folder / start_from] if start_from else []),
         )  # fmt: skip
 
@@ -97,9 +99,13 @@ def main():
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--embed-dim", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1500, help="with dense attention")
-    parser.add_argument("--more-steps", type=int, default=500, help="of each run that goes on from there")
-    parser.add_argument("--tokens-a-step", type=int, default=1 << 16)
+    parser.add_argument("--steps", type=int, default=1000, help="with dense attention")
+    parser.add_argument("--more-steps", type=int, default=600, help="of each run that goes on from there")
+    parser.add_argument("--tokens-a-step", type=int, default=1 << 17)
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="with dense attention; ends with a tenth of it"
+    )
+    parser.add_argument("--more-learning-rate", type=float, default=1e-4, help="of each run that goes on from there")
     parser.add_argument("--held-out-tokens", type=int, default=1 << 23)
     parser.add_argument("--scale", type=int, default=1, help="divides all lengths")
     parser.add_argument("--quick", action="store_true", help="a minute on a CPU, to see it work")
@@ -111,8 +117,8 @@ def main():
     if options.folder.exists():
         raise SystemExit(f"error: {options.folder} is there already")
     runs = Runs(options)
-    runs.train("dense", runs.dense, runs.short, steps=options.steps, learning_rate=1e-3)
-    more = {"steps": options.more_steps, "learning_rate": 3e-4, "start_from": "dense"}
+    runs.train("dense", runs.dense, runs.short, steps=options.steps, learning_rate=options.learning_rate)
+    more = {"steps": options.more_steps, "learning_rate": options.more_learning_rate, "seed": 1, "start_from": "dense"}
     runs.train("dilated", runs.dilated, runs.long, **more)
     runs.train("dense_continued", runs.dense, runs.short, **more)
     wanted = (("dense", runs.short), ("dilated", runs.short), ("dilated", runs.long), ("dense_continued", runs.short))

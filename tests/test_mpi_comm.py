@@ -268,8 +268,8 @@ def test_rows_that_a_stream_keeps_wait_for_their_kernels_beside_other_collective
 
 def test_all_ranks_of_one_host_are_on_the_first_node_in_any_order(comm):
     backwards = comm.Split(0, key=-comm.rank)
-    assert communication.agreement.is_on_first_node(comm)
-    assert communication.agreement.is_on_first_node(backwards)
+    for order in (comm, backwards):
+        assert communication.node_place(order) == (order.rank, order.size, True)
     backwards.Free()
 
 

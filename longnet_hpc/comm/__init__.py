@@ -11,7 +11,7 @@ from longnet_hpc.comm.agreement import (
     barrier,
     broadcast_object,
     collect_objects,
-    node_rank_and_size,
+    node_place,
     rank_and_size,
 )
 from longnet_hpc.comm.collectives import RowGather, all_reduce_sum, gather_parts, reduce_scatter_sum
@@ -30,7 +30,7 @@ __all__ = [
     "collect_objects",
     "gather_parts",
     "groups_of",
-    "node_rank_and_size",
+    "node_place",
     "rank_and_size",
     "reduce_scatter_sum",
 ]

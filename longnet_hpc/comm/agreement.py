@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.life import life
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = [
+    "NodePlace",
     "agree",
     "agree_on",
     "agreed",
@@ -21,8 +22,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "collect_objects",
-    "is_on_first_node",
-    "node_rank_and_size",
+    "node_place",
     "rank_and_size",
 ]
 
@@ -34,28 +34,27 @@ def rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
     return (0, 1) if comm is None else (comm.rank, comm.size)
 
 
-def is_on_first_node(comm: MPI.Comm | None) -> bool:
-    """Return whether this process shares memory with rank 0, whatever their hosts are called. Collective."""
+class NodePlace(NamedTuple):
+    """Where a process is among those that share memory with it, whatever their hosts are called."""
+
+    rank: int
+    """Rank among those on its node, 0 to below size."""
+    size: int
+    """Number of ranks on its node."""
+    first_node: bool
+    """Whether rank 0 of the communicator is on its node."""
+
+
+def node_place(comm: MPI.Comm | None) -> NodePlace:
+    """Return this process's place on its node. Collective."""
     if comm is None:
-        return True
-    from mpi4py import MPI
-
-    with life.waiting_for("who is on the first node"):
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        lowest: int = node.bcast(comm.rank)  # ranks of a node are in the order of the communicator
-    node.Free()
-    return lowest == 0
-
-
-def node_rank_and_size(comm: MPI.Comm | None) -> tuple[int, int]:
-    """Return this process's rank among those on its node, and their number. Collective."""
-    if comm is None:
-        return 0, 1
+        return NodePlace(0, 1, first_node=True)
     from mpi4py import MPI
 
     with life.waiting_for("who is on a node"):
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    place = node.rank, node.size
+        lowest: int = node.bcast(comm.rank)  # ranks of a node are in the order of the communicator
+    place = NodePlace(node.rank, node.size, first_node=lowest == 0)
     node.Free()
     return place
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from longnet_hpc.comm.agreement import agree_on, node_rank_and_size
+from longnet_hpc.comm.agreement import agree_on, node_place
 from longnet_hpc.comm.transport import Transport, decide_transport
 from longnet_hpc.errors import LaunchError
 from longnet_hpc.launcher import launcher_environment
@@ -87,7 +87,7 @@ def start(*, device: str = "auto", transport: str = "auto") -> Launch:
                 "so they do not fit together: use the mpirun beside this Python, or "
                 "srun --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI"
             )
-    node_rank, node_size = node_rank_and_size(comm)
+    node_rank, node_size, _ = node_place(comm)
     error, bound = None, torch.device("cpu")
     try:
         bound = _bind(device, node_rank)

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its own stubs do not name it
 
-from longnet_hpc.comm.agreement import agreed, broadcast_object, is_on_first_node, rank_and_size
+from longnet_hpc.comm.agreement import agreed, broadcast_object, node_place, rank_and_size
 from longnet_hpc.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def init_process_group(
             raise LaunchError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
         if rank == 0:
             store = TCPStore("127.0.0.1", 0, size, True, patience, wait_for_workers=False)
-    beside_first = is_on_first_node(comm)
+    beside_first = node_place(comm).first_node
     host, port = broadcast_object(comm, (socket.gethostname(), 0 if store is None else store.port))
     with agreed(comm, LaunchError):
         if store is None:

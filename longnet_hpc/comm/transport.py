@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from longnet_hpc.comm.agreement import agree_on, allgather_objects, node_rank_and_size
+from longnet_hpc.comm.agreement import agree_on, allgather_objects, node_place
 from longnet_hpc.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def decide_transport(comm: MPI.Comm | None, forced: str = "auto") -> Transport:
     agree_on(comm, {"transport": choice}, None, error)
     if choice == "auto":
         # One child a node: each starts a CUDA context, which several at once would only slow down.
-        first_on_node = node_rank_and_size(comm)[0] == 0
+        first_on_node = node_place(comm).rank == 0
         answers = allgather_objects(comm, device_pointers_work() if first_on_node else (True, ""))
         refusals = [reason for works, reason in answers if not works]
         _decided = Transport.STAGED if refusals else Transport.DIRECT
