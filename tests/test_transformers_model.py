@@ -1,5 +1,8 @@
 """LongNet as a model of `transformers`: the real package, small random weights, no downloads."""
 
+import importlib
+import sys
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -185,3 +188,11 @@ def test_checkpointed_activations_give_the_same_gradients_and_one_rank_owns_all(
     model.activation_checkpointing_enable()
     assert_same(loss_and_gradients(model, **own_slice(x, None, labels=x)), wanted, 1e-6)
     assert model.longnet.activation_checkpointing
+
+
+def test_transformers_that_is_too_old_is_said_in_one_line(monkeypatch):
+    name = "longnet_hpc.integrations.transformers"
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"needs transformers 5.24 or later, found 5.17.0: pip install"):
+        importlib.import_module(name)
