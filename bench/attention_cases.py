@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from longnet_hpc import Pattern
-from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
+from longnet_hpc.model_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 
 __all__ = ["SWEEPS", "Case", "cases_of"]
 

@@ -16,8 +16,8 @@ import torch
 
 from longnet_hpc import LongNetConfig
 from longnet_hpc.comm.launch import start
-from longnet_hpc.config import PRESETS
 from longnet_hpc.config_file import to_table
+from longnet_hpc.model_config import PRESETS
 from longnet_hpc.record import append_record, make_record, where
 from longnet_hpc.scaling.bench_steps import Steps, StepsPoint
 from longnet_hpc.scaling.config import BenchConfig, PlanConfig

@@ -25,8 +25,8 @@ from transformers import __version__ as transformers_version
 
 from longnet_hpc import Pattern
 from longnet_hpc.attention import choose_backend
-from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.integrations.transformers import register
+from longnet_hpc.model_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.record import append_record, make_record, where
 
 PRESETS = {

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
+from longnet_hpc.model_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.record import append_record, make_record
 
 SHORT, LONG = 2048, 32768

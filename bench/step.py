@@ -27,7 +27,8 @@ from kinds import seconds_by_kind
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan
-from longnet_hpc.config import OPTIMIZERS, PRESETS
+from longnet_hpc.config import OPTIMIZERS
+from longnet_hpc.model_config import PRESETS
 from longnet_hpc.optimizer import Optimizer
 from longnet_hpc.record import append_record, make_record, where
 

@@ -13,7 +13,7 @@ _HOMES = {
     "DilatedAttention": "longnet_hpc.multihead",
     "EncoderConfig": "longnet_hpc.encoder_config",
     "LongNet": "longnet_hpc.model",
-    "LongNetConfig": "longnet_hpc.config",
+    "LongNetConfig": "longnet_hpc.model_config",
     "LongNetEncoder": "longnet_hpc.encoder",
     "LongNetError": "longnet_hpc.errors",
     "Partition": "longnet_hpc.partition",

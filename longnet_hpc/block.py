@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import longnet_hpc.stream  # noqa: F401  registers an operator that is named below
-from longnet_hpc.config import LongNetConfig
 from longnet_hpc.dropout import position_dropout
 from longnet_hpc.encoder_config import EncoderConfig
 from longnet_hpc.errors import LongNetError, ShapeError
 from longnet_hpc.gelu_norm import gelu_norm
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.one_process import plan_of_one
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.positions import POSITIONS, Rotation

@@ -28,11 +28,11 @@ from longnet_hpc.checkpoint_shards import (
     shards_of,
     write_shard,
 )
-from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import from_table, to_table
 from longnet_hpc.data import Corpus
 from longnet_hpc.errors import CheckpointError, ConfigError
 from longnet_hpc.files import make_partial, naming_errors, partial_of, put_in_place
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.tensor_file import checksum, read_tensors, write_tensors
 
 __all__ = [

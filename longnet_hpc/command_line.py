@@ -14,9 +14,10 @@ from typing import Any
 import tyro
 
 from longnet_hpc import __version__
-from longnet_hpc.config import OPTIMIZERS, EvalConfig, GenerateConfig, LongNetConfig, PrepareConfig, TrainConfig
+from longnet_hpc.config import OPTIMIZERS, EvalConfig, GenerateConfig, PrepareConfig, TrainConfig
 from longnet_hpc.config_file import CONFIG_NAME, from_table, read_toml
 from longnet_hpc.errors import CheckpointError, ConfigError
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.scaling.config import BenchConfig, CalibrateConfig, PlanConfig, ReportConfig, SimulateConfig
 
 __all__ = ["parse"]

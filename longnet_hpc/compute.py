@@ -14,8 +14,9 @@ import torch
 from longnet_hpc.attention import choose_backend
 from longnet_hpc.comm import allgather_objects
 from longnet_hpc.comm.launch import Launch
-from longnet_hpc.config import ComputeConfig, LongNetConfig
+from longnet_hpc.config import ComputeConfig
 from longnet_hpc.errors import ConfigError, CorpusError
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.partition import Partition
 from longnet_hpc.positions import POSITIONS
 from longnet_hpc.scaling.config import PlanConfig

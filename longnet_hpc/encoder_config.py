@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS, at_least
 from longnet_hpc.errors import ConfigError
+from longnet_hpc.model_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS, at_least
 from longnet_hpc.pattern import Pattern
 
 __all__ = ["EncoderConfig"]

@@ -20,12 +20,13 @@ import torch
 from longnet_hpc.checkpoint import find_checkpoint, load_checkpoint
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
-from longnet_hpc.config import GenerateConfig, LongNetConfig
+from longnet_hpc.config import GenerateConfig
 from longnet_hpc.data import Corpus, load_tokenizer
 from longnet_hpc.data.sources import find_units
 from longnet_hpc.data.tokenizer import BytesTokenizer, Tokenizer
 from longnet_hpc.errors import CheckpointError, ConfigError, ShapeError
 from longnet_hpc.model import LongNet
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.optimizer import load_weights
 from longnet_hpc.stream import SequenceStream
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from longnet_hpc.block import Block, agreed_plan, enter_blocks, recomputed_if
-from longnet_hpc.config import LongNetConfig
 from longnet_hpc.cross_entropy import check_targets, cross_entropy, token_losses
 from longnet_hpc.errors import ConfigError, ShapeError
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.sequence_plan import Plan
 
 __all__ = ["LongNet"]

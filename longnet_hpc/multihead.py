@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.errors import ConfigError, LongNetError, ShapeError
+from longnet_hpc.model_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.packed import Integers
 from longnet_hpc.padding import attend_without, check_padding
 from longnet_hpc.parallel import agreed_attention

@@ -13,18 +13,10 @@ from launching import environment, run_python
 
 from longnet_hpc import __version__, config
 from longnet_hpc.command_line import parse
-from longnet_hpc.config import (
-    OPTIMIZERS,
-    PRESETS,
-    EvalConfig,
-    LongNetConfig,
-    OptimizerConfig,
-    PrepareConfig,
-    PresetName,
-    TrainConfig,
-)
+from longnet_hpc.config import OPTIMIZERS, EvalConfig, OptimizerConfig, PrepareConfig, TrainConfig
 from longnet_hpc.config_file import from_table, read_toml, to_table, write_toml
 from longnet_hpc.errors import CheckpointError, ConfigError
+from longnet_hpc.model_config import PRESETS, LongNetConfig, PresetName
 
 
 def config_file(path, text):

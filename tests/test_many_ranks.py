@@ -24,7 +24,8 @@ SCRIPT = """
 import json, os, sys
 from dataclasses import replace
 from longnet_hpc.comm.launch import start
-from longnet_hpc.config import LongNetConfig, OptimizerConfig, TrainConfig
+from longnet_hpc.config import OptimizerConfig, TrainConfig
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.data import Corpus
 from longnet_hpc.trainer import Trainer
 

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan
 from longnet_hpc import cross_entropy as pieces
-from longnet_hpc.config import PRESETS
 from longnet_hpc.errors import ConfigError, ShapeError
+from longnet_hpc.model_config import PRESETS
 
 MICRO = LongNetConfig(
     vocab_size=17, layers=2, embed_dim=16, heads=4, kv_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 3)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from launching import ROOT, run_python
 
-from longnet_hpc.config import PRESETS, LongNetConfig
+from longnet_hpc.model_config import PRESETS, LongNetConfig
 from longnet_hpc.record import check_record, read_records
 from longnet_hpc.run import main
 from longnet_hpc.scaling.config import PlanConfig

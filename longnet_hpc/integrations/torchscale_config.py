@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from longnet_hpc.config import LongNetConfig
 from longnet_hpc.encoder_config import EncoderConfig
 from longnet_hpc.errors import ConfigError
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.words import one_line
 
 __all__ = ["TorchscaleConfig"]

@@ -14,10 +14,10 @@ import torch
 from longnet_hpc.comm import agreed, broadcast_object
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import memory_there
-from longnet_hpc.config import LongNetConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.errors import ConfigError, StoppedError
 from longnet_hpc.files import naming_errors
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.progress import steps_bar
 from longnet_hpc.record import append_record, check_record, make_record, read_records, where
 from longnet_hpc.scaling.bench_attention import AttentionPoint

@@ -14,8 +14,9 @@ from longnet_hpc.chunk import chunk_bounds
 from longnet_hpc.comm import all_reduce_sum, allgather_objects
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute
-from longnet_hpc.config import OPTIMIZERS, LongNetConfig
+from longnet_hpc.config import OPTIMIZERS
 from longnet_hpc.model import LongNet
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.optimizer import Optimizer
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.scaling.config import BenchConfig

@@ -25,13 +25,14 @@ from longnet_hpc.block import Block
 from longnet_hpc.comm import agreed, allgather_objects, barrier
 from longnet_hpc.comm.launch import Launch
 from longnet_hpc.compute import Compute, memory_there
-from longnet_hpc.config import LongNetConfig, OptimizerConfig
+from longnet_hpc.config import OptimizerConfig
 from longnet_hpc.config_file import write_toml
 from longnet_hpc.cross_entropy import cross_entropy
 from longnet_hpc.data import Corpus, prepare
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.files import naming_errors, replace_file
 from longnet_hpc.model import LongNet
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.optimizer import Optimizer
 from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Pattern

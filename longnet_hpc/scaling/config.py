@@ -8,8 +8,9 @@ from typing import Literal
 
 from tyro.conf import Positional, PositionalMetavarFromFieldName
 
-from longnet_hpc.config import PRESETS, THIS_CALL_ONLY, ComputeConfig, LongNetConfig, PresetName, at_least
+from longnet_hpc.config import THIS_CALL_ONLY, ComputeConfig
 from longnet_hpc.errors import ConfigError
+from longnet_hpc.model_config import PRESETS, LongNetConfig, PresetName, at_least
 from longnet_hpc.pattern import Pattern
 
 __all__ = ["BenchConfig", "CalibrateConfig", "PlanConfig", "ReportConfig", "SimulateConfig"]

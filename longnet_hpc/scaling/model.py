@@ -15,8 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 from longnet_hpc.chunk import chunk_bounds
-from longnet_hpc.config import LongNetConfig
 from longnet_hpc.errors import ConfigError
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Pattern
 from longnet_hpc.scaling.config import PlanConfig

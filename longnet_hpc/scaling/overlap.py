@@ -11,7 +11,7 @@ import torch
 
 from longnet_hpc.comm import allgather_objects, barrier, broadcast_object, collect_objects
 from longnet_hpc.comm.launch import Launch
-from longnet_hpc.config import LongNetConfig
+from longnet_hpc.model_config import LongNetConfig
 from longnet_hpc.partition import Partition
 from longnet_hpc.scaling.rounds import Rounds
 from longnet_hpc.scaling.waits import FlightLog, FlightsOfRound, hidden_fraction, on_first_clock, waits_of

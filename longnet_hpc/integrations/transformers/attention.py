@@ -18,10 +18,10 @@ from transformers.masking_utils import causal_mask_function
 
 from longnet_hpc.attention import BACKENDS
 from longnet_hpc.comm import allgather_objects, rank_and_size
-from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.continued import continued_attention
 from longnet_hpc.errors import BackendError, ConfigError
 from longnet_hpc.integrations.transformers.windows import window_attention
+from longnet_hpc.model_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS
 from longnet_hpc.parallel import agreed_attention
 from longnet_hpc.pattern import Pattern
 

@@ -29,13 +29,13 @@ from transformers.utils.generic import can_return_tuple
 
 from longnet_hpc.block import Block
 from longnet_hpc.checkpoint import Checkpoint, DataOrder, save_checkpoint
-from longnet_hpc.config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS, LongNetConfig
 from longnet_hpc.config_file import to_table
 from longnet_hpc.continued import ContinuedPlan
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.integrations.transformers.attention import padding_error
 from longnet_hpc.load import load_model
 from longnet_hpc.model import LongNet
+from longnet_hpc.model_config import PAPER_DILATION_RATES, PAPER_SEGMENT_LENGTHS, LongNetConfig
 from longnet_hpc.positions import longest_xpos
 from longnet_hpc.sequence_plan import Plan, SequencePlan
 
