@@ -85,7 +85,7 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
         f"tokens{walked}",
         f"on {machine.name} (numbers {numbers})",
         "",
-        "  ranks  nodes     memory a rank   fits      step     tokens/s compute  waits grad sum efficiency    received"
+        "  ranks  nodes      memory a rank  fits     step       tokens/s compute  waits grad sum efficiency   received"
         " node hours",
     ]
     for one in forecasts:
@@ -93,11 +93,11 @@ def in_words(config: PlanConfig, machine: Machine, forecasts: list[Forecast]) ->
             f"{100 * part / one.seconds:.0f}%" for part in (one.compute_seconds, one.wait_seconds, one.gradient_seconds)
         ]
         lines.append(
-            f"{one.ranks:7,}{one.nodes:7,}{bytes_in_words(one.memory.total):>10} of "
+            f"{one.ranks:7,}{one.nodes:7,}{bytes_in_words(one.memory.total):>9} of "
             f"{bytes_in_words(one.capacity_bytes):>6}{_fits(one):>6}"
-            f"{seconds_in_words(one.seconds):>10}{one.tokens / one.seconds:13,.0f}"
+            f"{seconds_in_words(one.seconds):>9}{one.tokens / one.seconds:15,.0f}"
             f"{share[0]:>8}{share[1]:>7}{share[2]:>9}{one.efficiency:11.1%}"
-            f"{bytes_in_words(one.bytes_received):>12}{one.nodes * one.seconds * config.steps / 3600:11,.1f}"
+            f"{bytes_in_words(one.bytes_received):>11}{one.nodes * one.seconds * config.steps / 3600:11,.1f}"
         )
     if any(_fits(one) == "tight" for one in forecasts):
         lines.append("tight: it fits by less than forecasts of memory may be wrong, a twentieth")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from operator import sub
+from operator import add, attrgetter, sub
 
 from longnet_hpc.partition import Partition
 from longnet_hpc.pattern import Branch, Pattern
@@ -41,12 +41,15 @@ class AttentionWork:
     """Rows of this rank that others keep so, one for each of them; their gradients come back."""
 
     def __add__(self, other: AttentionWork) -> AttentionWork:
-        sums = (getattr(self, name) + getattr(other, name) for name in self.__slots__)
-        return AttentionWork(*sums)
+        return AttentionWork(*map(add, _counts(self), _counts(other)))
 
     def times(self, numerator: int, denominator: int) -> AttentionWork:
         """Return a multiple, rounded down."""
-        return AttentionWork(*(getattr(self, name) * numerator // denominator for name in self.__slots__))
+        return AttentionWork(*(count * numerator // denominator for count in _counts(self)))
+
+
+_counts: attrgetter[tuple[int, ...]] = attrgetter(*(field.name for field in fields(AttentionWork)))
+"""Returns all counts, in the order of the fields."""
 
 
 def attention_work(
@@ -114,8 +117,13 @@ def _of_branch(
             queries += run.count * at_offset * rows
             rows_before = _rows_before(branch, offset, run.phase)
             pairs += run.count * at_offset * (rows * (rows + 1) // 2 + rows * rows_before)
-            received += kv * _rows_between(branch, offset, segment, first_here, position)
-            within += kv * _rows_between(branch, offset, segment, max(first_here, node_start), position)
+            if position > first_here:
+                came = rows_before - _rows_before(branch, offset, first_here - segment)
+                received += kv * came
+                if first_here >= node_start:
+                    within += kv * came
+                elif position > node_start:
+                    within += kv * (rows_before - _rows_before(branch, offset, node_start - segment))
         if position > first_here:
             sources = rank + 1 - bisect_right(partition.bounds, first_here)
             messages += sources
