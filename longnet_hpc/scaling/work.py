@@ -80,27 +80,33 @@ def attention_work(
         Length of the sequence that a chunk belongs to, in tokens; that of the partition by default.
     """
     total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0, 0)
-    lengths = list(map(sub, partition.bounds[1:], partition.bounds))
-    extremes = min(lengths), max(lengths)
+    goes_on = seq_len is not None and partition.stop < seq_len
     for branch in pattern:
-        total += _of_branch(
-            branch, partition, rank, heads, kv_heads, ranks_per_node, seq_len or partition.stop, extremes
-        )
+        segments = partition.start // branch.segment_length  # whole ones before it change nothing: chunks are alike
+        moved = _moved(partition, segments * branch.segment_length)
+        total += _of_branch(branch, moved, rank, heads, kv_heads, ranks_per_node, goes_on)
     if total.left or total.carried:  # rows that are kept for later chunks go from all to all, of all branches at once
         node = range(partition.size)[rank - rank % ranks_per_node :][:ranks_per_node]
         total += AttentionWork(0, 0, 0, 0, 0, partition.size - 1, len(node) - 1, 0, 0)
     return total
 
 
+@lru_cache(1 << 10)
+def _moved(partition: Partition, tokens: int) -> Partition:
+    """Return the slices, a number of tokens nearer to the start of the sequence."""
+    return Partition(tuple(bound - tokens for bound in partition.bounds)) if tokens else partition
+
+
+@lru_cache(1 << 10)
+def _extremes(partition: Partition) -> tuple[int, int]:
+    """Return the lengths of the shortest and the longest slice, in tokens."""
+    lengths = list(map(sub, partition.bounds[1:], partition.bounds))
+    return min(lengths), max(lengths)
+
+
+@lru_cache(1 << 14)
 def _of_branch(
-    branch: Branch,
-    partition: Partition,
-    rank: int,
-    heads: int,
-    kv_heads: int,
-    ranks_per_node: int,
-    seq_len: int,
-    extremes: tuple[int, int],
+    branch: Branch, partition: Partition, rank: int, heads: int, kv_heads: int, ranks_per_node: int, goes_on: bool
 ) -> AttentionWork:
     w, start, stop = branch.segment_length, partition.bounds[rank], partition.bounds[rank + 1]
     node_start = partition.bounds[rank - rank % ranks_per_node]
@@ -136,8 +142,8 @@ def _of_branch(
             own = _rows_between(branch, offset, last, begin, stop)
             if own:
                 _, kv = _heads(branch.dilation_rate, offset, heads, kv_heads)
-                sent += own * kv * _receivers(branch, offset, last, end, partition, rank, extremes)
-    if partition.stop < seq_len and partition.stop % w:
+                sent += own * kv * _receivers(branch, offset, last, end, partition, rank)
+    if goes_on and partition.stop % w:
         carried, own = _carried(branch, partition, rank, heads)
         left = own * (partition.size - 1)
     return AttentionWork(pairs, queries, received, within, sent, messages, messages_within, carried, left)
@@ -166,18 +172,10 @@ def _rows_between(branch: Branch, offset: int, segment: int, start: int, stop: i
     )
 
 
-def _receivers(
-    branch: Branch,
-    offset: int,
-    segment: int,
-    end: int,
-    partition: Partition,
-    rank: int,
-    extremes: tuple[int, int],
-) -> int:
+def _receivers(branch: Branch, offset: int, segment: int, end: int, partition: Partition, rank: int) -> int:
     """Return how many later ranks have queries on a grid of a segment, and so need its keys."""
     bounds, rate = partition.bounds, branch.dilation_rate
-    shortest, longest = extremes
+    shortest, longest = _extremes(partition)
     if longest <= rate:  # no rank has two rows
         return _rows_between(branch, offset, segment, bounds[rank + 1], end)
     if shortest >= rate:  # every grid has a row on every rank, but perhaps on the last
