@@ -12,6 +12,7 @@ import torch
 
 HEADER = Path(__file__).with_name("emulator") / "hopper.h"
 COMPILER = shutil.which("g++")
+OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-w", "-Wno-psabi"]  # with -O2 building takes longer than running saves
 PROGRAMS = 3
 """Programs that share the tiles of a launch."""
 
@@ -21,9 +22,19 @@ class StuckError(RuntimeError):
 
 
 @functools.cache
+def folder_with_system_headers():
+    """Return a folder that is removed at the end, and in it the headers that each kernel includes, read by g++ once."""
+    folder = tempfile.TemporaryDirectory(prefix="longnet-kernels-")
+    header = Path(folder.name) / "system.h"
+    header.write_text("\n".join(line for line in HEADER.read_text().splitlines() if line.startswith("#include <")))
+    subprocess.run([COMPILER, *OPTIONS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    return folder
+
+
+@functools.cache
 def library_of(source, name):
     """Return the library of a kernel, which `launch` then calls."""
-    folder = Path(tempfile.mkdtemp(prefix="longnet-kernel-"))
+    folder = Path(folder_with_system_headers().name)
     launcher = f"""
 extern "C" int emulate(const Params* params, unsigned programs, unsigned threads, unsigned seed) {{
     kernel_body = [=] {{ {name}(*params); }};
@@ -31,9 +42,10 @@ extern "C" int emulate(const Params* params, unsigned programs, unsigned threads
 }}
 """
     (folder / "kernel.cpp").write_text(source + launcher)
-    command = [COMPILER, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-Wno-psabi", "kernel.cpp", "-o", "kernel.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    with tempfile.NamedTemporaryFile(suffix=".so", dir=folder) as library:
+        command = [COMPILER, *OPTIONS, "-shared", "-include", "system.h", "kernel.cpp", "-o", library.name]
+        subprocess.run(command, cwd=folder, check=True)
+        return ctypes.CDLL(library.name)
 
 
 def source_of(file, dtype, settings):

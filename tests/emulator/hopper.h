@@ -5,6 +5,7 @@
 // get wrong results here, too. A program in which no thread can go on is reported as such.
 
 #include <math.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -12,8 +13,10 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <array>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <utility>
 #include <vector>
@@ -56,10 +59,12 @@ struct Meeting {  // of some threads, which all wait for the last
 };
 
 struct Fiber {
-    ucontext_t context;
-    std::vector<unsigned char> stack;
+    ucontext_t context;  // where it starts
+    jmp_buf place;       // where it goes on: to switch so takes no system call
     u32 thread;
-    bool done = false;
+    bool started = false, done = false;
+    const u64* watched = nullptr;  // it can go on once this is no longer as it was
+    u64 as_it_was;
     std::vector<Product> products;
     int group = 0;  // of products that is open
 };
@@ -67,18 +72,19 @@ struct Fiber {
 struct Barrier {
     int arrivals, pending;
     i64 bytes;
-    u32 phase;
+    u64 phase;
 };
 
 struct Machine {
     std::vector<Fiber> fibers;
-    ucontext_t scheduler;
+    std::vector<std::unique_ptr<unsigned char[]>> stacks;  // kept from program to program
+    jmp_buf scheduler;
     Fiber* current = nullptr;
     u32 block = 0, blocks = 0, taken = 0;
     std::map<u32, Barrier> barriers;
     std::vector<Meeting> warps, groups;
     std::map<u32, Meeting> named;
-    std::vector<std::vector<u64>> deposits;
+    std::vector<std::array<u64, 32>> deposits;
     std::vector<std::pair<u64, std::function<void()>>> copies;  // and the turn in which they happen
     u64 turn = 0;
     std::mt19937 random;
@@ -90,7 +96,11 @@ static Machine machine;
 #define blockIdx (Index{machine.block})
 #define gridDim (Index{machine.blocks})
 
-inline void yield() { swapcontext(&machine.current->context, &machine.scheduler); }
+// Let the others go on until a number is no longer what it is.
+inline void wait_while(const u64& number, u64 value) {
+    machine.current->watched = &number, machine.current->as_it_was = value;
+    if (number == value && !_setjmp(machine.current->place)) _longjmp(machine.scheduler, 1);
+}
 
 template <typename F>
 void meet(Meeting& meeting, int count, F last) {
@@ -101,18 +111,18 @@ void meet(Meeting& meeting, int count, F last) {
         meeting.number++;
         machine.steps++;
     } else {
-        while (meeting.number == number) yield();
+        wait_while(meeting.number, number);
     }
 }
 
 inline Meeting& warp() { return machine.warps[threadIdx.x / 32]; }
 
 // What every lane of the warp says, lane by lane.
-inline std::vector<u64> everybody(u64 mine) {
+inline std::array<u64, 32> everybody(u64 mine) {
     auto& deposit = machine.deposits[threadIdx.x / 32];
     deposit[threadIdx.x % 32] = mine;
     meet(warp(), 32, [] {});
-    std::vector<u64> all = deposit;
+    std::array<u64, 32> all = deposit;
     meet(warp(), 32, [] {});
     return all;
 }
@@ -193,7 +203,7 @@ inline void barrier_copied(u32 address, u32 bytes) {
 }
 
 inline void barrier_wait(u32 address, u32 parity) {
-    while (machine.barriers.at(address).phase == parity) yield();
+    wait_while(machine.barriers.at(address).phase, parity);
 }
 
 inline void release(u32 barrier) {
@@ -323,7 +333,7 @@ inline void store_shared_pair(u32 address, float x, float y) {
 
 inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     u32 lane = threadIdx.x % 32, mine[4] = {a, b, c, d};
-    std::vector<u64> rows = everybody(address);
+    std::array<u64, 32> rows = everybody(address);
     for (int i = 0; i < 4; i++) memcpy(memory + rows[8 * i + lane / 4] + lane % 4 * 4, &mine[i], 4);
     __syncwarp();
 }
@@ -431,7 +441,16 @@ inline void fiber_main() {
     kernel_body();
     machine.current->done = true;
     machine.steps++;
-    yield();
+    _longjmp(machine.scheduler, 1);
+}
+
+inline void go_on(Fiber& fiber) {
+    if (fiber.watched && *fiber.watched == fiber.as_it_was) return;
+    machine.current = &fiber;
+    if (_setjmp(machine.scheduler)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
 }
 
 // Run one program after the other; return 1 if one of them cannot go on.
@@ -442,15 +461,15 @@ inline int run_programs(u32 programs, u32 threads, u32 seed) {
         machine.block = block, machine.blocks = programs, machine.taken = 0;
         machine.barriers.clear(), machine.named.clear(), machine.copies.clear();
         machine.warps.assign(threads / 32, {}), machine.groups.assign(threads / 128, {});
-        machine.deposits.assign(threads / 32, std::vector<u64>(32));
+        machine.deposits.assign(threads / 32, {});
         machine.fibers = std::vector<Fiber>(threads);
         std::vector<u32> order;
         for (u32 thread = 0; thread < threads; thread++) {
             Fiber& fiber = machine.fibers[thread];
             fiber.thread = thread;
-            fiber.stack.resize(STACK_BYTES);
+            if (machine.stacks.size() <= thread) machine.stacks.emplace_back(new unsigned char[STACK_BYTES]);
             getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.data();
+            fiber.context.uc_stack.ss_sp = machine.stacks[thread].get();
             fiber.context.uc_stack.ss_size = STACK_BYTES;
             makecontext(&fiber.context, fiber_main, 0);
             order.push_back(thread);
@@ -470,10 +489,7 @@ inline int run_programs(u32 programs, u32 threads, u32 seed) {
                 copy();
             }
             u32 turn = machine.random() % order.size();  // whose turn it is first
-            for (u32 i = 0; i < order.size(); i++) {
-                machine.current = &machine.fibers[order[(i + turn) % order.size()]];
-                swapcontext(&machine.scheduler, &machine.current->context);
-            }
+            for (u32 i = 0; i < order.size(); i++) go_on(machine.fibers[order[(i + turn) % order.size()]]);
             std::vector<u32> left;
             for (u32 thread : order)
                 if (!machine.fibers[thread].done) left.push_back(thread);
