@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from longnet_hpc.checkpoint_shards import WEIGHT
 from longnet_hpc.comm import all_reduce_sum, allgather_objects, gather_parts, rank_and_size, reduce_scatter_sum
@@ -23,6 +24,8 @@ __all__ = ["Optimizer", "learning_rate", "shard_bounds"]
 _BLOCKS = 1024
 """Blocks, at most, of which the shards of ranks are made, and whose norms make that of the gradient."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_EPS = 1e-8
+"""What AdamW adds to the root of the second moment: torch's default."""
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -78,18 +81,13 @@ class Optimizer:
         # Where the shard has but a part of a parameter, that part is one of AdamW's: its numbers are on their own.
         self._parts = dict(self._within(self._own))
         self._trained = {name: self._part_of(name, its) for name, its in self._parts.items()}
-        matrices = [its for name, its in self._trained.items() if self._parameters[name].dim() >= 2]
-        vectors = [its for name, its in self._trained.items() if self._parameters[name].dim() < 2]
-        on_gpu = any(parameter.is_cuda for parameter in self._parameters.values())
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=on_gpu or None,  # one pass; None leaves the choice to torch
-        )
+        self._state = {
+            name: {
+                "step": torch.zeros((), device=part.device),
+                **{moment: torch.zeros_like(part) for moment in _MOMENTS},
+            }
+            for name, part in self._trained.items()
+        }
 
     def _within(self, its: range) -> Iterator[tuple[str, range]]:
         """Yield the parameters that a part of the flat vector touches, and which of their numbers."""
@@ -119,11 +117,7 @@ class Optimizer:
 
     def skip(self) -> None:
         """Let a step pass without an update; the moments age by it as they do in `load_state`."""
-        for part in self._trained.values():
-            held = self._adamw.state[part]
-            if not held:
-                held["step"] = torch.tensor(0.0, device=part.device if part.is_cuda else None)
-                held.update({moment: torch.zeros_like(part) for moment in _MOMENTS})
+        for held in self._state.values():
             held["step"] += 1
 
     def sum(self, comm: MPI.Comm | None, gradient: torch.Tensor) -> torch.Tensor:
@@ -153,15 +147,35 @@ class Optimizer:
             return norm
         if norm > self.config.clip_norm:
             gradient *= self.config.clip_norm / norm
-        for group in self._adamw.param_groups:
-            group["lr"] = rate
-        for part, its in zip(self._trained.values(), self._split(gradient), strict=True):
-            part.grad = its
-        self._adamw.step()
-        self._adamw.zero_grad()
+        gradients = dict(zip(self._trained, self._split(gradient), strict=True))
+        matrices = [name for name in self._trained if self._parameters[name].dim() >= 2]
+        vectors = [name for name in self._trained if self._parameters[name].dim() < 2]
+        self._update(matrices, gradients, rate, self.config.weight_decay)
+        self._update(vectors, gradients, rate, 0.0)
         if self._comm is not None:
             self._gather_weights(self._comm)
         return norm
+
+    @torch.no_grad()
+    def _update(self, names: list[str], gradients: Mapping[str, torch.Tensor], rate: float, decay: float) -> None:
+        """Update some parameters, by torch's function: its class loads the compiler, which takes seconds."""
+        parts, held = [self._trained[name] for name in names], [self._state[name] for name in names]
+        adamw(
+            params=parts,
+            grads=[gradients[name] for name in names],
+            exp_avgs=[its["exp_avg"] for its in held],
+            exp_avg_sqs=[its["exp_avg_sq"] for its in held],
+            max_exp_avg_sqs=[],
+            state_steps=[its["step"] for its in held],
+            fused=any(part.is_cuda for part in parts) or None,  # one pass; None leaves the choice to torch
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=rate,
+            weight_decay=decay,
+            eps=_EPS,
+            maximize=False,
+        )
 
     def _split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield this rank's part of a flat vector by the parameters it touches."""
@@ -191,10 +205,9 @@ class Optimizer:
     def moments(self) -> dict[str, torch.Tensor]:
         """Return the moments by name, ``exp_avg.`` or ``exp_avg_sq.`` before each: of a shard as flat parts."""
         tensors = {}
-        for name, part in self._trained.items():
-            held = self._adamw.state.get(part, {})
+        for name, held in self._state.items():
             for moment in _MOMENTS:
-                its = held.get(moment, torch.zeros_like(part)).detach()
+                its = held[moment]
                 tensors[f"{moment}.{name}"] = its.view(self._parameters[name].shape) if self._comm is None else its
         return tensors
 
@@ -215,12 +228,11 @@ class Optimizer:
         for name, parameter in self._parameters.items():
             with torch.no_grad():
                 parameter.copy_(tensors[WEIGHT + name])
-        for name, part in self._trained.items():
+        for name, held in self._state.items():
             its = slice(self._parts[name].start, self._parts[name].stop)
-            self._adamw.state[part] = {
-                "step": torch.tensor(float(step), device=part.device),
-                **{m: tensors[f"{m}.{name}"].reshape(-1)[its].to(part.device, copy=True) for m in _MOMENTS},
-            }
+            held["step"].fill_(step)
+            for moment in _MOMENTS:
+                held[moment].copy_(tensors[f"{moment}.{name}"].reshape(-1)[its])
 
 
 def shard_bounds(parameter_count: int, shards: int) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from longnet_hpc.compiler_mark import assume_constant_result
 from longnet_hpc.errors import ConfigError
 
 __all__ = ["POSITIONS", "Encoding", "Rotation", "longest_xpos", "rotary", "unrotated", "xpos"]
@@ -207,7 +208,7 @@ def _angles(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor
     return units * (2 * math.pi / 2**64)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile does not look inside
+@assume_constant_result  # torch.compile does not look inside
 def _frequencies(head_dim: int, base: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return whole parts and rests of ``base ** (-2 i / head_dim)`` in units of 2**-64 turns."""
     return _computed_frequencies(head_dim, base)

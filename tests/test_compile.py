@@ -1,5 +1,8 @@
 """Attention inside graphs of `torch.compile`, made of one piece."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -9,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet_hpc import LongNet, LongNetConfig, Pattern, SequencePlan, dilated_attention
 from longnet_hpc.attention import branch
 from longnet_hpc.block import Block
+from longnet_hpc.compiler_mark import assume_constant_result
 from longnet_hpc.errors import ConfigError
 from longnet_hpc.positions import POSITIONS, rotary
 
@@ -161,3 +165,20 @@ def test_graphs_of_plans_that_differ_are_not_taken_for_each_other_by_a_cache_on_
     again = SequencePlan(MICRO.pattern, plans[0].partition, None, "auto")
     assert again.handle >> 20 == plans[0].handle >> 20
     assert again.handle != plans[0].handle
+
+
+def test_mark_is_that_of_torch():
+    assert vars(assume_constant_result(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1))
+
+
+def test_training_does_not_load_the_compiler_where_nothing_is_compiled(tmp_path):
+    (tmp_path / "text").write_text("long ago " * 100)
+    corpus = str(tmp_path / "corpus.h5")
+    words = ["train", "--folder", str(tmp_path / "run"), "--steps", "1", "--seq-len", "64", "--corpus", corpus]
+    code = (
+        "import sys\nfrom longnet_hpc.run import main\n"
+        f"assert main(['prepare', {str(tmp_path / 'text')!r}, '--output', {corpus!r}]) == 0\n"
+        f"assert main({words!r}) == 0\nassert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import torch
 
 from longnet_hpc.attention.backend import Backend
 from longnet_hpc.attention.library import LIBRARY
+from longnet_hpc.compiler_mark import assume_constant_result
 
 __all__ = ["CUDNN"]
 
@@ -31,7 +32,7 @@ def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 @cache
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile does not look inside
+@assume_constant_result  # torch.compile does not look inside
 def _can_run(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available()
 

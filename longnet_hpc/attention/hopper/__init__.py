@@ -17,6 +17,7 @@ from longnet_hpc.attention.cudnn import CUDNN
 from longnet_hpc.attention.hopper.launch import missing
 from longnet_hpc.attention.hopper.pieces import backward, forward, takes
 from longnet_hpc.attention.sums import FEW_PIECES
+from longnet_hpc.compiler_mark import assume_constant_result
 
 __all__ = ["HOPPER"]
 
@@ -26,7 +27,7 @@ def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 @cache
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile does not look inside
+@assume_constant_result  # torch.compile does not look inside
 def _can_launch(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
