@@ -58,8 +58,9 @@ def test_result_and_gradients_equal_those_in_float64(by_kernels, features, dtype
     assert_near(actual, expected, 20 if features == 2 else 1)  # two normed features are 1 and -1: a step
 
 
-@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 200, 401])
-def test_rows_fewer_and_more_than_programs_equal_those_in_float64(by_kernels, rows):
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 49, 110])
+def test_rows_fewer_and_more_than_programs_equal_those_in_float64(by_kernels, rows, monkeypatch):
+    monkeypatch.setattr(gelu_norm, "_FORWARD_WARPS", 48)  # on a CPU these are the programs, and 16 backward
     x = inputs(rows, 24, seed=rows)
     expected = with_gradients(plain, *(each.double() for each in x))
     actual = with_gradients(ours, *x)
@@ -98,7 +99,7 @@ def test_autocast_leaves_result_in_the_dtype_of_activations(by_kernels):
 
 
 def test_gradients_are_the_same_bits_each_time(by_kernels):
-    x = inputs(100, 40, torch.bfloat16)
+    x = inputs(40, 40, torch.bfloat16)
     first, second = with_gradients(ours, *x), with_gradients(ours, *x)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
