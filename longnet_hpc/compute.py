@@ -155,7 +155,7 @@ class Compute:
 
     def eagerly(self, wanted: bool) -> AbstractContextManager[object]:
         """Compute without `torch.compile` if ``wanted``: a graph is made for one length, and takes time to make."""
-        return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
+        return torch.compiler.set_stance("force_eager") if wanted and self.compiles else nullcontext()
 
     def autocast(self) -> AbstractContextManager[object]:
         """Compute products in `dtype`; weights and sums stay float32."""

@@ -305,10 +305,11 @@ def _cpu_name() -> str:
 
 def _git_commit() -> str | None:
     """Return the commit of this source tree, with a plus sign if it was changed, or None outside of git."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[1]
+    code = ("longnet_hpc", "bench", ":!bench/records")
     try:
         commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *code) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

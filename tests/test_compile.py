@@ -171,14 +171,16 @@ def test_mark_is_that_of_torch():
     assert vars(assume_constant_result(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1))
 
 
-def test_training_does_not_load_the_compiler_where_nothing_is_compiled(tmp_path):
+def test_commands_do_not_load_the_compiler_where_nothing_is_compiled(tmp_path):
     (tmp_path / "text").write_text("long ago " * 100)
     corpus = str(tmp_path / "corpus.h5")
-    words = ["train", "--folder", str(tmp_path / "run"), "--steps", "1", "--seq-len", "64", "--corpus", corpus]
+    run, there = str(tmp_path / "run"), ["--corpus", corpus, "--device", "cpu"]
+    train = ["train", "--folder", run, "--steps", "1", "--seq-len", "64", *there]
     code = (
         "import sys\nfrom longnet_hpc.run import main\n"
         f"assert main(['prepare', {str(tmp_path / 'text')!r}, '--output', {corpus!r}]) == 0\n"
-        f"assert main({words!r}) == 0\nassert 'torch._dynamo' not in sys.modules"
+        f"assert main({train!r}) == 0\nassert main({['eval', '--checkpoint', run, '--stream', *there]!r}) == 0\n"
+        "assert 'torch._dynamo' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

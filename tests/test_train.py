@@ -85,6 +85,41 @@ def test_update_is_that_of_adamw_with_clipping_and_decay_on_matrices_only():
         torch.testing.assert_close(parameter.detach().double(), theirs[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("skipped", [False, True])
+def test_update_has_the_bits_of_torchs_class(skipped):
+    torch.manual_seed(0)
+    model = LongNet(MODEL)
+    other = copy.deepcopy(model)
+    settings = OptimizerConfig(clip_norm=1e9)
+    groups = [[p for p in other.parameters() if (p.dim() < 2) == is_vector] for is_vector in (False, True)]
+    theirs = torch.optim.AdamW(
+        [
+            {"params": its, "weight_decay": decay}
+            for its, decay in zip(groups, (settings.weight_decay, 0.0), strict=True)
+        ],
+        betas=(settings.beta1, settings.beta2),
+    )
+    ours = Optimizer(model, settings)
+    if skipped:  # the moments are as after a step without a gradient, but nothing decays
+        ours.skip()
+        for p in other.parameters():
+            theirs.state[p] = {
+                "step": torch.tensor(1.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    for rate in (0.01, 0.02, 0.03):
+        gradient = torch.randn(model.parameter_count)
+        parts = gradient.split([p.numel() for p in other.parameters()])
+        for p, part in zip(other.parameters(), parts, strict=True):
+            p.grad = part.view_as(p).clone()
+        for group in theirs.param_groups:
+            group["lr"] = rate
+        theirs.step()
+        ours.step(gradient, rate)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_update_on_a_gpu_is_that_on_the_cpu_after_a_resumption_too():
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ Importing this package does not import mpi4py; a communicator of None means one 
 """
 
 from longnet_hpc.comm.agreement import (
+    NodePlace,
     agree,
     agree_on,
     agreed,
@@ -19,6 +20,7 @@ from longnet_hpc.comm.groups import Groups, groups_of
 
 __all__ = [
     "Groups",
+    "NodePlace",
     "RowGather",
     "agree",
     "agree_on",

@@ -82,7 +82,8 @@ def attention_work(
     total = AttentionWork(0, 0, 0, 0, 0, 0, 0, 0, 0)
     goes_on = seq_len is not None and partition.stop < seq_len
     for branch in pattern:
-        segments = partition.start // branch.segment_length  # whole ones before it change nothing: chunks are alike
+        # Whole segments before a chunk change nothing, so chunks are alike; a chunk is never of packed documents.
+        segments = partition.start // branch.segment_length
         moved = _moved(partition, segments * branch.segment_length)
         total += _of_branch(branch, moved, rank, heads, kv_heads, ranks_per_node, goes_on)
     if total.left or total.carried:  # rows that are kept for later chunks go from all to all, of all branches at once
