@@ -1,8 +1,12 @@
-"""Records of every kind that a report takes, made up, for its tests."""
+"""Records of every kind that a report takes, made up, and reports of them, for its tests."""
 
 import json
 
+import pytest
+
 from longnet_hpc.record import make_record, where
+from longnet_hpc.scaling.config import ReportConfig
+from longnet_hpc.scaling.report import report
 
 MODEL = {"layers": 4, "embed_dim": 128, "heads": 4, "segment_lengths": [128, 1024], "dilation_rates": [1, 8]}
 
@@ -110,3 +114,18 @@ def write(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def make(tmp_path, records, **options):
+    source = write(tmp_path / "records" / "deep" / "some.jsonl", records)
+    report(ReportConfig(sources=(str(tmp_path / "records"),), output=tmp_path / "report", **options))
+    return source, (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A report of every section, with a record that failed, and a damaged line."""
+    folder = tmp_path_factory.mktemp("full")
+    records = [*all_kinds(), step("bench weak", 8, 8 * 65536, 9.9, passed=False)]
+    write(folder / "records" / "damaged.jsonl", []).write_text('{"schema": 1, "ti\n')
+    return folder, make(folder, records)[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchscale_oracle
 from test_docs import ROOT, blocks
-from test_generate import saved
+from test_generate_command import saved
 
 from longnet_hpc import LongNetConfig
 
