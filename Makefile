@@ -52,12 +52,12 @@ test-one: setup
 # One process group per number of ranks, with a limit on the whole so that a hang is a failure.
 test-parallel: setup
 	for ranks in 2 3 4; do \
-	  PATH=$(bin):$$PATH timeout 600 mpirun -n $$ranks $(bin)/python -m mpi4py -m pytest -x -m mpi --with-mpi tests \
+	  PATH=$(bin):$$PATH timeout 1500 mpirun -n $$ranks $(bin)/python -m mpi4py -m pytest -x -m mpi --with-mpi tests \
 	  || exit 1; done
 
 # Job scripts on a Slurm of several virtual nodes, which these tests start and stop; skipped where none is installed.
 test-slurm: setup
-	timeout 600 $(bin)/python -m pytest -rs -m slurm tests/slurm
+	timeout 1200 $(bin)/python -m pytest -rs -m slurm tests/slurm
 
 # By hand: a third MPI, of Debian's packages openmpi-bin and libopenmpi-dev, or mpich and libmpich-dev.
 test-debian:

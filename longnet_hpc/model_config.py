@@ -12,7 +12,9 @@ from longnet_hpc.pattern import Pattern
 __all__ = ["PAPER_DILATION_RATES", "PAPER_SEGMENT_LENGTHS", "PRESETS", "LongNetConfig", "PresetName", "at_least"]
 
 PAPER_SEGMENT_LENGTHS = (2048, 4096, 8192, 16384, 32768)
+"""Segment lengths of the paper's language models, in tokens (LongNet, Section 4.1)."""
 PAPER_DILATION_RATES = (1, 2, 4, 6, 12)
+"""Their dilation rates, in tokens."""
 
 
 def at_least(config: object, limit: int, *names: str) -> None:
@@ -133,3 +135,4 @@ PRESETS: dict[str, LongNetConfig] = {
 """Model of each preset: a small one, and those of the paper."""
 
 PresetName = Literal["tiny", "125m", "350m", "760m", "2.7b"]
+"""Name of a preset."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,20 @@ MODEL = (
 """Options for a model so small that a step takes milliseconds."""
 
 
+SECONDS = 240
+"""After which a child hangs: many times what any takes on two cores that nobody else uses."""
+_LOOP_SECONDS = 0.06
+"""Processor time of `slowness`'s loop where the figures of docs/LOG.md are from."""
+
+
+def slowness():
+    """Return how many times the processor time of that machine a loop takes here and now, at least 1."""
+    begin, total = time.process_time(), 0
+    for number in range(1_000_000):
+        total += number
+    return max(1.0, (time.process_time() - begin) / _LOOP_SECONDS)
+
+
 def environment(**more):
     """Return this environment without a launcher's variables, fit for either MPI on two cores."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
@@ -36,7 +51,7 @@ def environment(**more):
     return clean | _OPEN_MPI | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
-def run_python(*words, ranks=1, cwd=None, timeout=90):
+def run_python(*words, ranks=1, cwd=None, timeout=SECONDS):
     """Run ``python words...`` on some ranks; 1 means without mpirun."""
     if ranks > 1 and MPIRUN is None:
         pytest.skip("needs an mpirun")
@@ -52,7 +67,7 @@ def run_python(*words, ranks=1, cwd=None, timeout=90):
     )
 
 
-def run_command(*words, ranks=1, cwd=None, timeout=90):
+def run_command(*words, ranks=1, cwd=None, timeout=SECONDS):
     """Run ``python -m longnet_hpc.run words...``."""
     return run_python("-m", "longnet_hpc.run", *words, ranks=ranks, cwd=cwd, timeout=timeout)
 

@@ -13,7 +13,7 @@ from launching import ROOT, run_python
 EXAMPLES = ROOT / "docs" / "examples"
 PROGRAMS = sorted(EXAMPLES.glob("*.py"))
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
-SECONDS = 110
+SECONDS = 240
 
 
 def names(paths):

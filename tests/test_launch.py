@@ -23,7 +23,7 @@ def run(code, *command, **variables):
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     return done, time.monotonic() - started

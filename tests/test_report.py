@@ -337,7 +337,7 @@ def test_report_needs_neither_torch_nor_mpi(tmp_path):
         "from longnet_hpc.scaling.config import ReportConfig; from longnet_hpc.scaling.report import report\n"
         f"report(ReportConfig(sources=({str(tmp_path)!r},), output=Path({str(tmp_path / 'r')!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -33,7 +33,7 @@ def browse(browser, folder, *options, size="1100,2400"):
     command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--v=0", *options]
     command.append((folder / "report" / "index.html").as_uri())
     environment = {**os.environ, "HOME": str(folder)}
-    return subprocess.run(command, capture_output=True, timeout=60, check=True, env=environment)
+    return subprocess.run(command, capture_output=True, timeout=180, check=True, env=environment)
 
 
 def test_page_opens_in_a_browser_and_says_nothing_on_its_console(full, browser):

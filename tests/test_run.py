@@ -135,7 +135,7 @@ def test_metrics_have_a_line_a_step_with_units(corpus, tmp_path):
     assert saved["steps"] == 2
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_losses_are_those_of_one_rank_when_stopped_on_four_ranks_and_resumed_on_two(corpus, tmp_path):
     words = ("train", *SMALL, "--steps", "20", "--accumulation", "2", "--corpus", corpus)
     assert main([*map(str, words), "--folder", str(tmp_path / "one")]) == 0

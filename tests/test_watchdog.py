@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from launching import MODEL, MPIRUN, environment
+from launching import MODEL, MPIRUN, environment, slowness
 
 from longnet_hpc.comm.process import Process
 from longnet_hpc.comm.watchdog import _Watchdog, beat_interval
@@ -249,8 +249,7 @@ def test_signs_of_life_cost_next_to_nothing():
         with life.waiting_for("barrier"):
             pass
     waits = time.perf_counter() - begin
-    assert bumps < 0.05
-    assert waits < 0.05
+    assert max(bumps, waits) < 0.05 * slowness()
 
 
 def seconds_of_a_beat(size, beats=6):
@@ -282,7 +281,7 @@ def test_heartbeats_take_less_than_a_thousandth_of_the_time(size):
     limit = TrainConfig().watchdog_seconds
     shares = []
     for _ in range(3):  # whoever shares the core makes it slower, never faster
-        shares.append(seconds_of_a_beat(size) / beat_interval(limit, size))
+        shares.append(seconds_of_a_beat(size) / slowness() / beat_interval(limit, size))
         if shares[-1] < 0.001:
             return
     pytest.fail(f"the watchdog takes {min(shares):.2%} of the time of rank 0")

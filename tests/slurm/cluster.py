@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 100
+SECONDS = 240
 """How long a test waits for anything that it waits for."""
 NODES, CPUS, GPUS = 4, 64, 8
 """What each of the nodes has, whatever this host has: programs share its cores, and GPUs are only counted."""
