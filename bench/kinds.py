@@ -48,7 +48,7 @@ def seconds_by_kind(path, *, on_gpu):
 def _kind(name, scopes):
     if any(scope.startswith("longnet_hpc::mixture") for scope in scopes):
         return "attention"
-    if any(scope == "optimizer" for scope in scopes):
+    if "optimizer" in scopes:
         return "optimizer"
     if any("SummedCrossEntropy" in scope for scope in scopes):
         return "cross-entropy"

@@ -186,7 +186,7 @@ class StepsPoint:
             with (
                 torch.no_grad(),
                 stream.next_chunk(len(its)) as plan,
-                compute.eagerly(compute.compiles),
+                compute.eagerly(True),
                 compute.autocast(),
             ):
                 total += self._model.token_losses(inputs, targets, plan).sum(dtype=torch.float64)
