@@ -1,5 +1,6 @@
 """Run this Python on several ranks, as a child of a test that has none: with the mpirun beside it, on either MPI."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -42,6 +43,11 @@ def slowness():
     for number in range(1_000_000):
         total += number
     return max(1.0, (time.process_time() - begin) / _LOOP_SECONDS)
+
+
+def patience(seconds):
+    """Return in how many whole seconds a rank that is not stuck advances here, if it takes so many there."""
+    return math.ceil(seconds * slowness())
 
 
 def environment(**more):

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import pytest
 from faults import FILLER, REPLACEMENT, fill
-from launching import MODEL, run_python
+from launching import MODEL, patience, run_python
 from report_records import step as record_of_a_step
 
 from longnet_hpc.data import prepare
@@ -156,7 +156,7 @@ GOES_ON = {  # on which rank; what is said, how often; what a later resumption s
 @pytest.mark.parametrize("fault", GOES_ON)
 def test_training_that_a_fault_does_not_end_is_that_without(corpus, tmp_path, healthy, capsys, fault):
     rank, said, times, said_later = GOES_ON[fault]
-    done = train(corpus, tmp_path / "run", fault, rank, 2, more=("--watchdog-seconds", "4"))
+    done = train(corpus, tmp_path / "run", fault, rank, 2, more=("--watchdog-seconds", patience(6)))
     assert done.code == 0, done.said
     assert steps_in(done.folder) == healthy
     assert len(re.findall(said, done.said)) == times, done.said
@@ -166,9 +166,9 @@ def test_training_that_a_fault_does_not_end_is_that_without(corpus, tmp_path, he
 
 
 def test_disk_that_hangs_ends_a_training_with_the_place(corpus, tmp_path):
-    done = train(corpus, tmp_path / "run", "hung_disk", 1, 2, more=("--watchdog-seconds", "2", *SHARDED))
+    done = train(corpus, tmp_path / "run", "hung_disk", 1, 2, more=("--watchdog-seconds", patience(2), *SHARDED))
     assert done.code in (1, *CODES_OF_A_KILL), done.said
-    words = r"rank 1 of 2 .* has not advanced for \d s, last seen: train, step 3, .* _wait"
+    words = r"rank 1 of 2 .* has not advanced for \d+ s, last seen: train, step 3, .* _wait"
     assert re.search(words, done.said), done.said
 
 

@@ -20,7 +20,8 @@ from longnet_hpc.data import prepare
 
 KILLS = int(os.environ.get("LONGNET_HPC_KILLS", "3"))
 """Kills of one training; 100 by hand."""
-RANKS, SAVE_EVERY, SECONDS_TO_END = 4, 3, 15
+RANKS, SAVE_EVERY = 4, 3
+SECONDS_TO_START, SECONDS_TO_TRAIN, SECONDS_TO_END = 120, 120, 30
 LINES_BETWEEN = 4
 """Most steps that a training does before it is killed."""
 
@@ -86,14 +87,14 @@ def launch_and_kill(folder, corpus, chance, *, sharded):
     def has_ended():
         return launched.poll() is not None
 
-    assert wait_for(lambda: len(processes_of(folder)) >= RANKS or has_ended(), 30)
+    assert wait_for(lambda: len(processes_of(folder)) >= RANKS or has_ended(), SECONDS_TO_START)
     if chance.random() < 0.75:  # while it trains, else while it starts
         wanted = done - done % SAVE_EVERY + chance.randint(1, LINES_BETWEEN)
-        assert wait_for(lambda: len(steps_in(folder)) >= wanted or has_ended(), 60)
+        assert wait_for(lambda: len(steps_in(folder)) >= wanted or has_ended(), SECONDS_TO_TRAIN)
     time.sleep(chance.random() * 0.3)
     kill_some(folder, chance)
     assert wait_for(has_ended, SECONDS_TO_END), "mpirun goes on"
-    assert wait_for(lambda: not processes_of(folder), 2), "ranks go on"
+    assert wait_for(lambda: not processes_of(folder), SECONDS_TO_END), "ranks go on"
     return launched.returncode
 
 

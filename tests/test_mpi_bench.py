@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from launching import slowness
 from test_mpi_train import launch_of
 
 from longnet_hpc import LongNetConfig
@@ -330,7 +331,7 @@ def test_ranks_that_rest_leave_the_core_to_others(comm):
     if comm.rank == 0:
         time.sleep(0.5)
     rest_until_all(launch)
-    assert time.process_time() - before < 0.15
+    assert time.process_time() - before < 0.15 * slowness()
 
 
 def test_trace_of_all_ranks_has_the_rounds_of_each(comm, shared_tmp_path):
