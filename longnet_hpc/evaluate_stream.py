@@ -110,8 +110,7 @@ class _Evaluation:
     def __init__(self, config: EvalConfig, launch: Launch, subject: Subject) -> None:
         self.launch, self.subject, self.model = launch, subject, subject.model
         compute, self.seq_len = subject.compute, subject.seq_len
-        self.compiled = compute.compiles
-        if self.compiled:
+        if compute.compiles:
             self.model.compile_blocks()
         self.chunk_len = config.chunk_len or compute.longest_chunk(
             self.seq_len, "eval", half_residual=config.half_residual
@@ -165,7 +164,7 @@ class _Evaluation:
                     tokens, targets = reader(its)
                 chunk = range(*ends)
                 usual = len(chunk) == self.chunk_len
-                untold.append((chunk, self._chunk(its, tokens, targets, compiled=self.compiled and usual)))
+                untold.append((chunk, self._chunk(its, tokens, targets, compiled=usual)))
                 if len(untold) > 1:  # a GPU has the next chunk to do while the host looks at the one before
                     tell()
                 if stop.asked(launch.comm):

@@ -112,7 +112,7 @@ class StreamTrainer(Trainer):
             begin, tokens = time.perf_counter(), 0
             while sweep.done < sweep.total:
                 chunk, there = sweep.order[sweep.done], sweep.is_forward
-                with compute.eagerly(self.compiled and len(chunk) < self.chunk_len):
+                with compute.eagerly(len(chunk) < self.chunk_len):
                     sweep.advance(read)
                 tokens, seconds = tokens + len(chunk), time.perf_counter() - begin
                 line = {

@@ -1,10 +1,8 @@
 """Attention inside graphs of `torch.compile`, made of one piece."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from launching import run_python
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._logging import warning_once
 from torch.utils.checkpoint import checkpoint
@@ -182,5 +180,5 @@ def test_commands_do_not_load_the_compiler_where_nothing_is_compiled(tmp_path):
         f"assert main({train!r}) == 0\nassert main({['eval', '--checkpoint', run, '--stream', *there]!r}) == 0\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr

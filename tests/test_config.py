@@ -360,9 +360,7 @@ def test_help_needs_neither_torch_nor_mpi_and_is_quick():
         "print('LOADED', sorted({'torch', 'mpi4py', 'h5py', 'matplotlib'} & set(sys.modules)))"
     )
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run_python("-c", code, timeout=120)
     assert time.monotonic() - started < 3 * slowness()
     assert "LOADED []" in done.stdout, done.stderr
 

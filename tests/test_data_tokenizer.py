@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import xxhash
 from data_files import prepare_on_threads
+from tokenizer_files import trained_on_bytes
 
 from longnet_hpc.data import Corpus, load_tokenizer, prepare
 from longnet_hpc.data import tokenizer as tokenizer_module
@@ -20,16 +21,7 @@ TEXT = "def naïve(größe):\n    return '日本語 🙂' * größe\n\n\nprint(n
 @pytest.fixture
 def tokenizer_file(tmp_path):
     """A byte-level BPE with special tokens, truncation and padding, all of which must not reach a corpus."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer = trained_on_bytes(TEXT, 400, ["<s>", "</s>"])
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )

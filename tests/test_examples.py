@@ -8,12 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run_python
+from launching import ROOT, SECONDS, run_python
 
 EXAMPLES = ROOT / "docs" / "examples"
 PROGRAMS = sorted(EXAMPLES.glob("*.py"))
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
-SECONDS = 240
 
 
 def names(paths):
@@ -53,7 +52,7 @@ def test_there_are_examples():
 def test_example_runs_with_its_defaults(program, tmp_path):
     if missing := missing_packages(program):
         pytest.skip(f"needs {', '.join(missing)}")
-    done = run_python(program, ranks=ranks_of(program), cwd=tmp_path, timeout=SECONDS)
+    done = run_python(program, ranks=ranks_of(program), cwd=tmp_path)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.strip()
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from data_files import random_bytes
 from launching import ROOT, environment
+from tokenizer_files import trained_on_bytes
 
 from longnet_hpc import LongNet, LongNetConfig
 from longnet_hpc.checkpoint import Checkpoint, DataOrder, save_checkpoint
@@ -49,7 +50,7 @@ def originals(tmp_path_factory):
         append_record(folder / "records", record)
         append_record(folder / "metrics", {"step": step, "loss": 5.5 / step, "tokens_per_second": 1e5, "skipped": None})
     (folder / "report").write_bytes((folder / "records").read_bytes())
-    _tokenizer(folder / "tokenizer")
+    trained_on_bytes("a few words, and a few more words" * 9, 280).save(str(folder / "tokenizer"))
     return folder
 
 
@@ -61,17 +62,6 @@ def _checkpoint(folder, **changes):
     torch.manual_seed(0)
     state = Optimizer(LongNet(MODEL), OptimizerConfig()).state()
     return save_checkpoint(folder, Checkpoint(2, 7, ORDER, to_table(MODEL), state | changes))
-
-
-def _tokenizer(path):
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["a few words, and a few more words"] * 9, trainer)
-    tokenizer.save(str(path))
 
 
 def read_in_child(name, folder, first, count):

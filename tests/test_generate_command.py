@@ -12,6 +12,7 @@ from launching import MODEL, environment, error_lines, run_command
 from test_bad_input import refused  # noqa: F401 - a fixture
 from test_generate import made_anew
 from test_model import MICRO
+from tokenizer_files import trained_on_bytes
 
 from longnet_hpc import LongNet, LongNetConfig, load_model
 from longnet_hpc.checkpoint import Checkpoint, DataOrder, save_checkpoint
@@ -52,12 +53,7 @@ def test_tokens_that_make_no_character_become_a_sign_that_is_not_waited_for(tmp_
 def bpe_tokenizers(folder):
     """Write two tokenizer files: of bytes, and of words whose blanks belong to the next word."""
     tokenizers = pytest.importorskip("tokenizers")
-    by_bytes = tokenizers.Tokenizer(tokenizers.models.BPE())
-    by_bytes.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    by_bytes.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    by_bytes.train_from_iterator(["def naïve(größe): return größe " * 9], trainer)
+    by_bytes = trained_on_bytes("def naïve(größe): return größe " * 9, 300)
     by_words = tokenizers.Tokenizer(tokenizers.models.BPE())
     by_words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
     by_words.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import run_python
 
 from longnet_hpc.chunk import Chunk, chunk_bounds, kept_rows, wide_branches
 from longnet_hpc.errors import PartitionError, PatternError
@@ -330,11 +331,9 @@ def test_partitions_of_the_same_documents_are_equal():
 
 
 def test_geometry_needs_neither_torch_nor_mpi():
-    import subprocess
-    import sys
-
     code = (
         "import sys, longnet_hpc.partition, longnet_hpc.config;"
         "assert not {'torch', 'mpi4py', 'numpy'} & set(sys.modules), 'heavy import'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=180)
+    done = run_python("-c", code, timeout=180)
+    assert done.returncode == 0, done.stderr

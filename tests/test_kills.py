@@ -106,7 +106,7 @@ def test_training_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_pat
     text.write_text("".join(f"def f{n}(x):\n    return x - {n}\n" for n in range(2000)))
     prepare([text], corpus)
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    done = run_command(*words(whole, corpus, resume=False), ranks=RANKS, timeout=240)
+    done = run_command(*words(whole, corpus, resume=False), ranks=RANKS)
     assert done.returncode == 0, done.stderr
     repeated, codes = [], []
     for kill in range(KILLS):
@@ -118,7 +118,7 @@ def test_training_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_pat
             folder.rmdir()  # it was killed before it had begun
     assert 0 not in codes
     assert max(repeated) <= SAVE_EVERY
-    done = run_command(*words(folder, corpus, resume=(folder / "config.toml").exists()), ranks=RANKS, timeout=240)
+    done = run_command(*words(folder, corpus, resume=(folder / "config.toml").exists()), ranks=RANKS)
     assert done.returncode == 0, done.stderr
     assert [line["loss"] for line in steps_in(folder)] == [line["loss"] for line in steps_in(whole)]
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]

@@ -4,11 +4,10 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
+from launching import run_python
 from report_records import full, make, place, scaling, step, write  # noqa: F401 - with a fixture
 
 from longnet_hpc.errors import ConfigError
@@ -337,7 +336,7 @@ def test_report_needs_neither_torch_nor_mpi(tmp_path):
         "from longnet_hpc.scaling.config import ReportConfig; from longnet_hpc.scaling.report import report\n"
         f"report(ReportConfig(sources=({str(tmp_path)!r},), output=Path({str(tmp_path / 'r')!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180, check=False)
+    done = run_python("-c", program, timeout=180)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,7 +3,6 @@
 import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,6 +10,7 @@ pytest.importorskip("transformers")
 
 import torch
 from hugging_face import assert_same, loss_and_gradients, tokens
+from launching import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from longnet_hpc import LongNet, LongNetConfig, load_model
@@ -194,7 +194,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_one_rank_owns_all(
 
 def test_transformers_that_is_too_old_is_said_in_one_line(monkeypatch):
     name = "longnet_hpc.integrations.transformers"
-    (oldest,) = set(re.findall("transformers>=([0-9.]*)", (Path(__file__).parents[1] / "setup.py").read_text()))
+    (oldest,) = set(re.findall("transformers>=([0-9.]*)", (ROOT / "setup.py").read_text()))
     monkeypatch.setattr("transformers.__version__", "5.17.0")
     monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=f"needs transformers {oldest} or later, found 5.17.0: pip install"):
